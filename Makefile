@@ -1,0 +1,54 @@
+# make demo: a fresh machine to a streamed answer.    make test: everything that has to pass.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint slow model clean
+
+help:
+	@echo "make demo    install kvant into $(VENV), fetch a small model (98 MB) and talk to it"
+	@echo "make test    install the development tools, then run linters, type checks and tests"
+	@echo "make lint    linters and type checks only"
+	@echo "make slow    the tests that take longer"
+	@echo "make clean   remove $(VENV) and everything that was built or cached here"
+	@echo "PYTHON=... picks the interpreter (3.11 or newer), VENV=... another place than .venv."
+
+demo: $(VENV)/.kvant model
+	@$(BIN)/python examples/demo.py
+
+test: lint model
+	@$(BIN)/python -m pytest --cov=kvant --cov-report=term
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+slow: $(VENV)/.dev model
+	@$(BIN)/python -m pytest -m slow
+
+model: $(VENV)/.kvant
+	@$(BIN)/kvant models pull smollm2
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	find src tests examples -name __pycache__ -type d -exec rm -rf {} +
+
+# Each install leaves a stamp, so that the next run begins with the work.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "kvant needs Python 3.11 or newer, and $(PYTHON) is not that. Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.kvant: pyproject.toml constraints.txt | $(VENV)/.python
+	@echo "Installing kvant into $(VENV); PyTorch is large, this can take minutes."
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.kvant
+	@echo "Installing the development tools into $(VENV)."
+	@$(PIP) install -c constraints.txt -e '.[serve,dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""The blocked KV cache: block ids and counts, the prefix tree, the memory."""

@@ -1,0 +1,142 @@
+"""The KV cache's memory: one pool of blocks, cut from what `KVFormat.planes` says, and the fit of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvant.config import EngineConfig
+from kvant.errors import MemoryFitError
+from kvant.formats.kv import KVFormat, KVLayer, KVShape, Planes, resolve_kv_format
+
+AUTOMATIC_FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What the pool holds, in numbers a user can check."""
+
+    shape: KVShape
+    format: KVFormat
+    num_blocks: int
+    block_size: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes one token takes in all layers, scales and zeros included."""
+        return self.format.bytes_per_token(self.shape)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the pool holds."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the whole pool."""
+        return self.tokens * self.bytes_per_token
+
+    def tokens_in(self, format_name: str) -> int:
+        """Tokens the same bytes would hold in another format."""
+        other = resolve_kv_format(format_name, torch.float32)
+        return self.pool_bytes // (other.bytes_per_token(self.shape) * self.block_size) * self.block_size
+
+    def describe(self) -> str:
+        """The one log line that explains the memory."""
+        gain = self.tokens / max(self.tokens_in("fp16"), 1)
+        return (
+            f"KV cache {self.format.name}: {self.bytes_per_token:,} bytes per token; {_mib(self.pool_bytes)} in "
+            f"{self.num_blocks:,} blocks of {self.block_size} hold {self.tokens:,} tokens, "
+            f"{gain:.2f}x as many as 16 bit"
+        )
+
+
+class KVStore:
+    """The pool. `layers[i].planes[name]` is [num_blocks, num_kv_heads, block_size, *plane.shape]."""
+
+    def __init__(self, layers: Sequence[KVLayer]) -> None:
+        self.layers = tuple(layers)
+
+    @classmethod
+    def allocate(cls, shape: KVShape, fmt: KVFormat, num_blocks: int, block_size: int) -> KVStore:
+        """A zeroed pool. On Linux its pages become resident when they are first written.
+
+        Raises:
+            MemoryFitError: the system refuses the memory.
+        """
+        lead = (num_blocks, shape.num_kv_heads, block_size)
+
+        def planes() -> Planes:
+            return {
+                plane.name: torch.zeros(*lead, *plane.shape, dtype=plane.dtype) for plane in fmt.planes(shape.head_dim)
+            }
+
+        try:
+            return cls([KVLayer(fmt, block_size, planes()) for _ in range(shape.num_layers)])
+        except RuntimeError as error:
+            size = MemoryReport(shape, fmt, num_blocks, block_size).pool_bytes
+            raise MemoryFitError(
+                f"the system refused {_mib(size)} for the KV cache; lower kv_cache_memory, or use kv_cache_dtype='int4'"
+            ) from error
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, (source, target) in order."""
+        for source, target in copies:
+            for layer in self.layers:
+                for plane in layer.planes.values():
+                    plane[target] = plane[source]
+
+
+def fit_pool(config: EngineConfig, shape: KVShape, fmt: KVFormat, max_position: int, free: int) -> MemoryReport:
+    """How many blocks the pool gets.
+
+    Given as num_kv_blocks or kv_cache_memory it is that; otherwise half of the free memory, and no more than
+    max_num_seqs sequences of the full length could use.
+
+    Args:
+        config: the engine's.
+        shape: the model's.
+        fmt: the KV format.
+        max_position: the model's longest context.
+        free: bytes available now, the weights already loaded.
+
+    Raises:
+        MemoryFitError: the request exceeds the free memory, or not even one sequence of max_model_len fits.
+    """
+    block_bytes = MemoryReport(shape, fmt, 1, config.block_size).pool_bytes
+    longest = config.max_model_len or max_position
+    blocks_per_sequence = -(-longest // config.block_size)
+    budget = config.kv_cache_memory
+    if config.num_kv_blocks is not None:
+        blocks = config.num_kv_blocks
+    elif budget is None:
+        useful = config.max_num_seqs * blocks_per_sequence
+        blocks = min(int(free * AUTOMATIC_FRACTION) // block_bytes, useful)
+    else:
+        assert not isinstance(budget, str), "EngineConfig parses sizes"
+        blocks = int(free * budget if isinstance(budget, float) else budget) // block_bytes
+    report = MemoryReport(shape, fmt, blocks, config.block_size)
+    _check_fit(config, report, free)
+    return report
+
+
+def _check_fit(config: EngineConfig, report: MemoryReport, free: int) -> None:
+    remedy = "raise kv_cache_memory, use a smaller kv_cache_dtype (int8, int4), or lower max_model_len"
+    if report.pool_bytes > free:
+        raise MemoryFitError(
+            f"{report.num_blocks:,} KV blocks need {_mib(report.pool_bytes)}, {_mib(free)} are free; "
+            "lower num_kv_blocks or kv_cache_memory, or use a smaller kv_cache_dtype"
+        )
+    if report.num_blocks < 1:
+        raise MemoryFitError(f"the KV cache's memory does not hold one block of {report.block_size} tokens; {remedy}")
+    if config.max_model_len is not None and report.tokens < config.max_model_len:
+        raise MemoryFitError(
+            f"max_model_len={config.max_model_len} needs {_mib(config.max_model_len * report.bytes_per_token)} of KV "
+            f"cache, {_mib(report.pool_bytes)} hold {report.tokens:,} tokens; {remedy}"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

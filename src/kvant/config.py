@@ -1,0 +1,197 @@
+"""The two frozen configs a user writes: `EngineConfig` and `SamplingParams`. No torch here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any
+
+from kvant.errors import ConfigError
+
+DTYPES = {
+    "auto": "auto",
+    "float32": "float32",
+    "fp32": "float32",
+    "float": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+}
+QUANT_POLICIES = {0: "auto", 4: "int4", 8: "int8"}
+MAX_LOGPROBS = 32
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def parse_memory(value: int | float | str) -> int | float:
+    """Bytes (int) or a fraction of free memory (float): 2e9-like ints, 0.5, "50%", "2GiB", "800MB"."""
+    if isinstance(value, str):
+        return _parse_memory_text(value)
+    if isinstance(value, float):
+        _require(0 < value <= 1, f"kv_cache_memory={value}: a float is a fraction of free memory, 0 < fraction <= 1")
+        return value
+    _require(value > 0, f"kv_cache_memory={value}: bytes must be positive")
+    return value
+
+
+def _parse_memory_text(text: str) -> int | float:
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(%|[kmg]?i?b?)\s*", text.lower())
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or math.isnan(number):
+        raise ConfigError(f"kv_cache_memory={text!r} is not a size: write bytes, '2GiB', '800MB', '50%' or 0.5")
+    if match[2] == "%":
+        return parse_memory(number / 100)
+    unit = match[2].removesuffix("b")
+    if not unit and number <= 1:
+        return parse_memory(number)
+    return parse_memory(int(number * _UNITS[unit]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs a model. Field names follow vLLM's where it has them.
+
+    Attributes:
+        dtype: compute type: "auto", "float32", "bfloat16" or "float16". "auto" is float32 on a CPU where the
+            weights then fit in half of the free memory, else the checkpoint's own 16-bit type.
+        kv_cache_dtype: the KV-cache format by name (`kvant models` lists them); "auto" is 16 bit.
+        max_model_len: longest prompt + output in tokens; None takes the model's own limit, or what fits.
+        max_num_seqs: sequences that may run at the same time.
+        max_num_batched_tokens: token budget of one step; longer prompts are prefilled in chunks.
+        block_size: tokens in one KV block.
+        enable_prefix_caching: share the KV of equal prefixes between requests and turns.
+        kv_cache_memory: bytes, "2GiB", "50%" or a float fraction of free memory; None fits automatically.
+        num_kv_blocks: the pool's size in blocks, instead of `kv_cache_memory`.
+        num_threads: CPU threads; None leaves the choice to the backend (all cores).
+        device: "auto" or "cpu".
+        seed: for requests that bring no seed of their own; None draws a fresh one for each.
+        quant_policy: LMDeploy's alias of kv_cache_dtype: 0 (auto), 4 (int4), 8 (int8).
+    """
+
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 64
+    enable_prefix_caching: bool = True
+    kv_cache_memory: int | float | str | None = None
+    num_kv_blocks: int | None = None
+    num_threads: int | None = None
+    device: str = "auto"
+    seed: int | None = None
+    quant_policy: InitVar[int | None] = None
+
+    def __post_init__(self, quant_policy: int | None) -> None:
+        if quant_policy is not None:
+            object.__setattr__(self, "kv_cache_dtype", self._from_quant_policy(quant_policy))
+        _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "dtype", DTYPES[self.dtype])
+        _require(self.device in ("auto", "cpu"), f"device={self.device!r}: only 'cpu' (or 'auto') is available")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kv_blocks", "num_threads"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name}={value} must be at least 1")
+        _require(
+            8 <= self.block_size <= 1024 and self.block_size & (self.block_size - 1) == 0,
+            f"block_size={self.block_size} must be a power of two from 8 to 1024",
+        )
+        if self.kv_cache_memory is not None:
+            _require(self.num_kv_blocks is None, "give kv_cache_memory or num_kv_blocks, not both")
+            object.__setattr__(self, "kv_cache_memory", parse_memory(self.kv_cache_memory))
+
+    def _from_quant_policy(self, policy: int) -> str:
+        _require(policy in QUANT_POLICIES, f"quant_policy={policy} is unknown; 0 is auto, 4 is int4, 8 is int8")
+        name = QUANT_POLICIES[policy]
+        _require(
+            self.kv_cache_dtype in ("auto", name),
+            f"quant_policy={policy} means kv_cache_dtype={name!r}, but {self.kv_cache_dtype!r} was given too",
+        )
+        return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled. Field names and meanings are vLLM's.
+
+    Attributes:
+        n: completions per prompt; they share the prompt's KV blocks.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set with at least this probability.
+        min_p: keep tokens at least this likely relative to the likeliest.
+        repetition_penalty: > 1 discourages tokens of prompt and output (divides positive logits).
+        presence_penalty, frequency_penalty: subtracted once, or per occurrence, for tokens of the output.
+        logit_bias: token id -> added to its logit.
+        seed: same seed, same output, whatever else is in the batch.
+        stop: strings that end the output (they are not part of it).
+        stop_token_ids: ids that end the output.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        max_tokens: output limit; None means up to the context limit.
+        min_tokens: no end-of-sequence or stop id before this many tokens.
+        logprobs: None, or how many likeliest tokens to report beside the chosen one (0 to 32).
+        prompt_logprobs: the same for each prompt token.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    stop: str | tuple[str, ...] | list[str] = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k >= -1 else self.top_k)
+        self._check_ranges()
+        _require(all(self.stop), "stop strings must not be empty")
+        for token, bias in (self.logit_bias or {}).items():
+            _require(math.isfinite(bias), f"logit_bias[{token}]={bias} must be finite")
+
+    def _check_ranges(self) -> None:
+        limits: dict[str, tuple[float, float]] = {
+            "n": (1, 1024),
+            "temperature": (0, 1e6),
+            "top_k": (0, math.inf),
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+            "presence_penalty": (-100, 100),
+            "frequency_penalty": (-100, 100),
+            "max_tokens": (1, math.inf),
+            "min_tokens": (0, math.inf),
+            "logprobs": (0, MAX_LOGPROBS),
+            "prompt_logprobs": (0, MAX_LOGPROBS),
+        }
+        for name, (low, high) in limits.items():
+            value: Any = getattr(self, name)
+            _require(value is None or low <= value <= high, f"{name}={value} must be from {low:g} to {high:g}")
+        _require(self.top_p > 0, "top_p must be greater than 0; use temperature=0 for greedy decoding")
+        _require(0 < self.repetition_penalty <= 1e6, f"repetition_penalty={self.repetition_penalty} must be > 0")
+        limit = self.max_tokens
+        _require(limit is None or self.min_tokens <= limit, f"min_tokens={self.min_tokens} exceeds max_tokens={limit}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0

@@ -1,0 +1,101 @@
+"""The engine for asyncio: one async generator a request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from kvant.cache.store import MemoryReport
+from kvant.config import EngineConfig, SamplingParams
+from kvant.engine.build import ServedModel, serve_model
+from kvant.engine.core import EngineStats
+from kvant.engine.deltas import DeltaBuilder
+from kvant.engine.inputs import Prompt
+from kvant.engine.outputs import Delta
+from kvant.engine.sequence import Failure, Request, TokenEvent
+from kvant.errors import EngineDeadError
+from kvant.text.tokenizer import Tokenizer
+
+_Events = asyncio.Queue["TokenEvent | Failure"]
+
+
+class AsyncEngine:
+    """A model served to coroutines. Use one from a single event loop at a time, and `close()` it."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self._served = served
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path | None = None, config: EngineConfig | None = None) -> AsyncEngine:
+        """Load a model and start its engine; blocks until it is ready."""
+        return cls(serve_model(model, config or EngineConfig()))
+
+    @property
+    def model_name(self) -> str:
+        """The model as it was named."""
+        return self._served.name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._served.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and output together, in tokens."""
+        return self._served.max_model_len
+
+    @property
+    def memory(self) -> MemoryReport:
+        """What the KV cache holds."""
+        return self._served.memory
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What the checkpoint recommends."""
+        return self._served.default_sampling
+
+    def encode(self, prompt: Prompt, **template_kwargs: Any) -> list[int]:
+        """The token ids of a prompt; raises RequestError where it is none."""
+        return self._served.encode(prompt, **template_kwargs)
+
+    async def generate(self, prompt: Prompt, sampling: SamplingParams | None = None) -> AsyncGenerator[Delta, None]:
+        """Deltas of one request as they come. Closing the generator, or cancelling its task, aborts the request.
+
+        Raises:
+            RequestError: before the first delta, for a prompt that cannot be served.
+            EngineDeadError: the engine is closed or has failed.
+        """
+        loop = asyncio.get_running_loop()
+        events: _Events = asyncio.Queue()
+
+        def sink(_: Request, event: TokenEvent | Failure) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        engine = self._served.engine
+        ids = self._served.encode(prompt)
+        request = engine.submit(ids, sampling or self.default_sampling, sink)
+        builder = DeltaBuilder(request, self.tokenizer, continues=isinstance(prompt, str))
+        try:
+            while not builder.finished:
+                event = await events.get()
+                if isinstance(event, Failure):
+                    raise EngineDeadError(event.message)
+                delta = builder.push(event)
+                if builder.stopped_early(event):
+                    engine.abort(request, event.index)
+                if delta is not None:
+                    yield delta
+        finally:
+            engine.abort(request)
+
+    def stats(self) -> EngineStats:
+        """The engine as it was after its last step."""
+        return self._served.engine.stats()
+
+    def close(self) -> None:
+        """Stop the engine; running requests fail with EngineDeadError."""
+        self._served.engine.close()

@@ -1,0 +1,79 @@
+"""From a model's name to a running engine with its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvant.cache.store import MemoryReport
+from kvant.config import EngineConfig, SamplingParams
+from kvant.engine.core import Core
+from kvant.engine.engine import Engine
+from kvant.engine.inputs import Prompt, encode_prompt
+from kvant.kernels.select import select_ops
+from kvant.text.tokenizer import Tokenizer
+from kvant.weights.load import generation_defaults, load_model
+from kvant.weights.locate import locate
+from kvant.weights.tokenizer import read_tokenizer
+
+logger = logging.getLogger("kvant")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """An engine and what its callers need beside it.
+
+    Attributes:
+        name: the model as the user named it.
+        default_sampling: what the checkpoint recommends, for requests that bring nothing.
+    """
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    default_sampling: SamplingParams
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and output together, in tokens."""
+        return self.engine.core.max_model_len
+
+    @property
+    def memory(self) -> MemoryReport:
+        """What the KV cache holds."""
+        return self.engine.core.memory
+
+    def encode(self, prompt: Prompt, **template_kwargs: Any) -> list[int]:
+        """The token ids of a prompt.
+
+        Raises:
+            RequestError: it is no prompt, or the template refuses it.
+        """
+        return encode_prompt(self.tokenizer, prompt, **template_kwargs)
+
+
+def serve_model(model: str | Path | None, config: EngineConfig) -> ServedModel:
+    """Load a model and start its engine.
+
+    Raises:
+        KvantError: of the kind that names the cause: not found, unsupported, corrupt, does not fit, bad setting.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    path = locate(model)
+    loaded = load_model(path, dtype=config.dtype, ops=select_ops(config.device))
+    tokenizer = read_tokenizer(loaded.source)
+    core = Core(loaded, config, end_ids=tokenizer.end_ids)
+    logger.info("%s", core.memory.describe())
+    if core.max_model_len < loaded.spec.max_position and config.max_model_len is None:
+        logger.warning(
+            "the KV cache holds %d tokens, so max_model_len is that instead of the model's %d",
+            core.max_model_len,
+            loaded.spec.max_position,
+        )
+    defaults = SamplingParams(**generation_defaults(loaded.source))
+    return ServedModel(str(model or "smollm2"), Engine(core), tokenizer, defaults)

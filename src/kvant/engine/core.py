@@ -1,0 +1,133 @@
+"""The engine's heart, without threads: requests in, steps, events out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+from kvant.cache.blocks import BlockPool
+from kvant.cache.memory import available_memory
+from kvant.cache.prefix import PrefixTree
+from kvant.cache.store import KVStore, MemoryReport, fit_pool
+from kvant.config import EngineConfig, SamplingParams
+from kvant.engine.runner import Runner
+from kvant.engine.scheduler import Scheduler
+from kvant.engine.sequence import Request, Sink, TokenEvent
+from kvant.errors import RequestError
+from kvant.formats.kv import resolve_kv_format
+from kvant.weights.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine at one moment. Blocks are used by running requests, cached for later ones, or free."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    preemptions: int
+    healthy: bool
+
+
+class Core:
+    """One model, its KV store and its scheduler. Not thread-safe: `Engine` owns the thread that calls it.
+
+    Args:
+        model: ready to run.
+        config: limits, KV format and memory.
+        end_ids: ids that end a text by the tokenizer, beside those that the model's configs name.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig, end_ids: List[int] = ()) -> None:
+        spec, fmt = model.spec, resolve_kv_format(config.kv_cache_dtype, model.dtype)
+        self.memory: MemoryReport = fit_pool(config, spec.kv_shape, fmt, spec.max_position, available_memory())
+        self.max_model_len = config.max_model_len or min(spec.max_position, self.memory.tokens)
+        self.prefix_caching = config.enable_prefix_caching
+        self._model = model
+        self._end_ids = frozenset((*model.eos_token_ids, *end_ids))
+        self._max_num_seqs = config.max_num_seqs
+        self._seeds = random.Random(config.seed)
+        self._pool = BlockPool(self.memory.num_blocks)
+        self._tree = PrefixTree(self._pool, config.block_size) if config.enable_prefix_caching else None
+        self._scheduler = Scheduler(
+            self._pool,
+            self._tree,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+        )
+        self.store = KVStore.allocate(spec.kv_shape, fmt, self.memory.num_blocks, config.block_size)
+        self._runner = Runner(model.decoder, self.store, config.block_size)
+
+    def request(self, prompt: List[int], sampling: SamplingParams, sink: Sink) -> Request:
+        """A request that this engine can serve, not yet queued. Safe to call from any thread.
+
+        Raises:
+            RequestError: the prompt is empty or too long, a token id is unknown, or n exceeds max_num_seqs.
+        """
+        self._check(prompt, sampling)
+        rope = self._model.spec.length_rope
+        ends = () if sampling.ignore_eos else self._end_ids
+        request = Request(
+            prompt=tuple(prompt),
+            sampling=sampling,
+            seed=self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed,
+            sink=sink,
+            stop_ids=frozenset(sampling.stop_token_ids).union(ends),
+            salt=len(prompt) if rope is not None and len(prompt) > rope.original_length else None,
+        )
+        # Cached tokens are not computed again, so they would have no log-probabilities.
+        request.sequences[0].may_reuse = sampling.prompt_logprobs is None
+        return request
+
+    def _check(self, prompt: List[int], sampling: SamplingParams) -> None:
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        if len(prompt) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; with room for one output token the limit is "
+                f"{self.max_model_len - 1} (max_model_len={self.max_model_len}); shorten it, or raise max_model_len or "
+                "the KV cache's memory"
+            )
+        vocab = self._model.spec.vocab_size
+        named = (*prompt, *(sampling.logit_bias or ()), *sampling.stop_token_ids)
+        unknown = next((token for token in named if not 0 <= token < vocab), None)
+        if unknown is not None:
+            raise RequestError(f"token id {unknown} is unknown; this model has ids 0 to {vocab - 1}")
+        if sampling.n > self._max_num_seqs:
+            raise RequestError(f"n={sampling.n} exceeds max_num_seqs={self._max_num_seqs}")
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self._scheduler.add(request)
+
+    def abort(self, request: Request, index: int | None = None) -> list[TokenEvent]:
+        """End a request or one of its choices; all that it holds is free afterwards."""
+        return self._scheduler.abort(request, index)
+
+    def has_work(self) -> bool:
+        """Whether a step would compute anything."""
+        return self._scheduler.has_work()
+
+    def step(self) -> list[tuple[Request, TokenEvent]]:
+        """One step: plan, run, commit."""
+        plan = self._scheduler.plan()
+        sampled = self._runner.run(plan)
+        return self._scheduler.commit(plan, sampled)
+
+    def stats(self) -> EngineStats:
+        """What is running, waiting, and held."""
+        used = self._scheduler.blocks_used
+        return EngineStats(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            kv_blocks_used=used,
+            kv_blocks_cached=self._pool.num_blocks - self._pool.num_free - used,
+            kv_blocks_total=self._pool.num_blocks,
+            preemptions=self._scheduler.preemptions,
+            healthy=True,
+        )

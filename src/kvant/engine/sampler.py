@@ -1,0 +1,94 @@
+"""From logits to tokens: what a request asks of its distribution, then the backend's `sample`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as List
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvant.engine.outputs import TokenLogprobs
+from kvant.engine.sequence import Sampled, Sequence
+from kvant.kernels.ops import Ops, SamplingBatch
+
+
+class Sampler:
+    """Draws one token for each sequence; its randomness depends on (seed, choice, position) alone."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+
+    def __call__(self, logits: Tensor, sequences: List[Sequence]) -> list[Sampled]:
+        """One token for each sequence from its row of logits [R, vocab] float32."""
+        wanted = logits
+        for row, sequence in enumerate(sequences):
+            if _reshapes(sequence):
+                wanted = logits.clone() if wanted is logits else wanted
+                _reshape(wanted[row], sequence)
+        tokens = self._ops.sample(wanted, _sampling_batch(sequences))
+        return [
+            Sampled(sequence, token, _reported(logits[row], token, sequence.request.sampling.logprobs))
+            for row, (sequence, token) in enumerate(zip(sequences, tokens.tolist(), strict=True))
+        ]
+
+
+def token_logprobs(logits: Tensor, token: int, top: int) -> TokenLogprobs:
+    """The token's log-probability, its rank (1 is the likeliest) and the `top` likeliest; logits [vocab]."""
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(top, logprobs.shape[-1]))
+    rank = int((logprobs > logprobs[token]).sum()) + 1
+    return TokenLogprobs(token, float(logprobs[token]), rank, tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def _reported(logits: Tensor, token: int, top: int | None) -> TokenLogprobs | None:
+    return None if top is None else token_logprobs(logits, token, top)
+
+
+def _reshapes(sequence: Sequence) -> bool:
+    sampling = sequence.request.sampling
+    return bool(
+        sampling.repetition_penalty != 1
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.logit_bias
+        or len(sequence.output) < sampling.min_tokens
+    )
+
+
+def _reshape(logits: Tensor, sequence: Sequence) -> None:
+    """Penalties, bias and the ban on early ends, in place on one row [vocab]."""
+    sampling = sequence.request.sampling
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*sequence.request.prompt, *sequence.output}))
+        scores = logits[seen]
+        penalty = sampling.repetition_penalty
+        logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    counts = Counter(sequence.output)
+    if counts and (sampling.presence_penalty or sampling.frequency_penalty):
+        ids, times = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
+        logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    for token, bias in (sampling.logit_bias or {}).items():
+        logits[token] += bias
+    if len(sequence.output) < sampling.min_tokens:
+        logits[sorted(sequence.request.stop_ids)] = float("-inf")
+
+
+def _sampling_batch(sequences: List[Sequence]) -> SamplingBatch:
+    wishes = [sequence.request.sampling for sequence in sequences]
+    return SamplingBatch(
+        temperature=torch.tensor([wish.temperature for wish in wishes]),
+        top_k=torch.tensor([wish.top_k for wish in wishes]),
+        top_p=torch.tensor([wish.top_p for wish in wishes]),
+        min_p=torch.tensor([wish.min_p for wish in wishes]),
+        uniform=torch.tensor([_uniform(sequence) for sequence in sequences], dtype=torch.float64),
+    )
+
+
+def _uniform(sequence: Sequence) -> float:
+    """In [0, 1), from a counter-based generator: no state, so batches and preemption cannot change it."""
+    if sequence.request.sampling.greedy:
+        return 0.0
+    key = np.array([sequence.request.seed % 2**64, sequence.index], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key, counter=len(sequence.output))).random())

@@ -1,0 +1,265 @@
+"""Which sequence computes which tokens, in which blocks. Plain integers: no tensor comes here.
+
+A sequence has `computed` and `total` tokens; a plan lets `computed` catch up within a token budget. Prefill, chunked
+prefill, decode, prefix-cache hits and preemption are that one rule.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from kvant.cache.blocks import BlockPool
+from kvant.cache.prefix import PrefixTree
+from kvant.engine.outputs import FinishReason
+from kvant.engine.sequence import Plan, Request, Row, Sampled, Sequence, TokenEvent
+
+
+class Scheduler:
+    """Running sequences in order of arrival, and a queue of those that wait for room.
+
+    Args:
+        pool: the blocks; it must hold at least `max_model_len` tokens, so that one sequence can always run.
+        tree: known prefixes in these blocks, or None to share nothing between requests.
+        block_size: tokens of a block.
+        max_num_seqs: sequences that may run at once.
+        max_num_batched_tokens: budget of a step.
+        max_model_len: longest sequence.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        tree: PrefixTree | None,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self._pool = pool
+        self._tree = tree
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._budget = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return sum(1 + len(sequence.forks) for sequence in self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks, or will once their prompt is complete."""
+        return sum(1 + len(sequence.forks) for sequence in self._running)
+
+    @property
+    def blocks_used(self) -> int:
+        """Blocks that running sequences hold."""
+        return len({block for sequence in self._running for block in sequence.blocks})
+
+    def has_work(self) -> bool:
+        """Whether a plan would not be empty."""
+        return bool(self._running or self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. The caller has checked that it can ever fit."""
+        self._waiting.append(request.sequences[0])
+
+    def abort(self, request: Request, index: int | None = None) -> list[TokenEvent]:
+        """End a request, or one of its choices, between two steps; everything it holds is free afterwards."""
+        doomed = [s for s in request.sequences if s.finish_reason is None and index in (None, s.index)]
+        return [self._end(sequence, "abort") for sequence in doomed]
+
+    def plan(self) -> Plan:
+        """The next step: decodes first, then prompts in order of arrival, then whoever waits and fits."""
+        rows: dict[Sequence, Row] = {}
+        copies: list[tuple[int, int]] = []
+        preempted = self.preemptions
+        for sequence in sorted(self._running, key=lambda s: s.remaining > 1):
+            if sequence in self._running:
+                self._continue(sequence, rows, copies)
+        if preempted == self.preemptions:
+            self._admit(rows, copies)
+        return Plan(tuple(rows.values()), tuple(copies))
+
+    def commit(self, plan: Plan, sampled: Iterable[Sampled]) -> list[tuple[Request, TokenEvent]]:
+        """Take a step's results: advance, remember full blocks, share prompts with forks, append tokens, finish."""
+        now = time.monotonic()
+        for row in plan.rows:
+            row.sequence.computed = row.stop
+            self._remember_full_blocks(row.sequence)
+            if len(row.samplers) > 1:
+                self._fork(row.sequence)
+        return [(item.sequence.request, self._append(item, now)) for item in sampled]
+
+    def _continue(self, sequence: Sequence, rows: dict[Sequence, Row], copies: list[tuple[int, int]]) -> None:
+        """Plan more of a running sequence; where blocks run out, the latest arrivals make room."""
+        count = min(sequence.remaining, self._budget - _tokens(rows))
+        while count and not self._reserve(sequence, sequence.computed + count, copies):
+            victim = self._running[-1]
+            # Alone and still no room: the blocks it shares with the tree are in its own way.
+            sequence.may_reuse &= len(self._running) > 1
+            rows.pop(victim, None)
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        if count:
+            rows[sequence] = _row(sequence, count)
+
+    def _admit(self, rows: dict[Sequence, Row], copies: list[tuple[int, int]]) -> None:
+        while self._waiting and _tokens(rows) < self._budget:
+            sequence = self._waiting[0]
+            if self.num_running + 1 + len(sequence.forks) > self._max_num_seqs:
+                return
+            self._reuse_prefix(sequence)
+            count = min(sequence.remaining, self._budget - _tokens(rows))
+            if not self._reserve(sequence, sequence.computed + count, copies):
+                self._release(sequence)
+                if self._running:
+                    return
+                sequence.may_reuse = False
+                continue
+            self._waiting.popleft()
+            self._running.append(sequence)
+            sequence.request.scheduled = sequence.request.scheduled or time.monotonic()
+            rows[sequence] = _row(sequence, count)
+
+    def _reuse_prefix(self, sequence: Sequence) -> None:
+        """Take what the tree knows of the sequence's tokens; the last token is always computed, for its logits."""
+        request = sequence.request
+        if self._tree is None or not sequence.may_reuse:
+            return
+        match = self._tree.match(sequence.tokens(0, sequence.total - 1), request.salt)
+        for block in match.blocks:
+            self._pool.share(block)
+        sequence.blocks = list(match.blocks)
+        sequence.computed = match.length
+        sequence.cached_blocks = match.length // self._block_size
+        if not sequence.output:
+            request.cached_tokens = match.length
+
+    def _reserve(self, sequence: Sequence, upto: int, copies: list[tuple[int, int]]) -> bool:
+        """Blocks for the tokens [computed, upto), all or none. A shared block is copied before it is written."""
+        partial = sequence.computed // self._block_size
+        shared = partial < len(sequence.blocks) and self._pool.references(sequence.blocks[partial]) > 1
+        needed = -(-upto // self._block_size) - len(sequence.blocks) + shared
+        taken = self._take(needed)
+        if taken is None:
+            return False
+        if shared:
+            source, target = sequence.blocks[partial], taken.pop()
+            copies.append((source, target))
+            sequence.blocks[partial] = target
+            self._pool.release(source)
+        sequence.blocks.extend(taken)
+        return True
+
+    def _take(self, count: int) -> list[int] | None:
+        """So many free blocks, evicting known prefixes where needed; none if there are not enough."""
+        taken: list[int] = []
+        while len(taken) < count:
+            block = self._pool.take()
+            if block is not None:
+                taken.append(block)
+            elif self._tree is None or not self._tree.evict():
+                for unused in taken:
+                    self._pool.release(unused)
+                return None
+        return taken
+
+    def _remember_full_blocks(self, sequence: Sequence) -> None:
+        """Let the tree know newly filled blocks. Where it has one of equal content, the sequence adopts that."""
+        full = sequence.computed // self._block_size
+        if self._tree is None or full <= sequence.cached_blocks:
+            return
+        known = self._tree.insert(
+            sequence.tokens(0, full * self._block_size), sequence.blocks[:full], sequence.request.salt
+        )
+        for index, block in enumerate(known):
+            if block != sequence.blocks[index]:
+                self._pool.share(block)
+                self._pool.release(sequence.blocks[index])
+                sequence.blocks[index] = block
+        sequence.cached_blocks = full
+
+    def _fork(self, leader: Sequence) -> None:
+        """The request's other choices start from the leader's blocks; the last one is copied when first written."""
+        for fork in leader.forks:
+            for block in leader.blocks:
+                self._pool.share(block)
+            fork.blocks = list(leader.blocks)
+            fork.computed, fork.cached_blocks = leader.computed, leader.cached_blocks
+            self._running.append(fork)
+        leader.forks = ()
+
+    def _append(self, item: Sampled, now: float) -> TokenEvent:
+        sequence = item.sequence
+        sequence.output.append(item.token_id)
+        reason = self._finish_reason(sequence, item.token_id)
+        if reason is not None:
+            self._end(sequence, reason)
+        return TokenEvent(sequence.index, item.token_id, now, item.logprobs, reason)
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        sampling = sequence.request.sampling
+        if token in sequence.request.stop_ids and len(sequence.output) > sampling.min_tokens:
+            return "stop"
+        if sampling.max_tokens is not None and len(sequence.output) >= sampling.max_tokens:
+            return "length"
+        return "length" if sequence.total >= self._max_model_len else None
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> TokenEvent:
+        sequence.finish_reason = reason
+        if sequence in self._running:
+            self._running.remove(sequence)
+            if reason != "abort":
+                self._remember_tail(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        self._leave_forks(sequence)
+        self._release(sequence)
+        return TokenEvent(sequence.index, None, time.monotonic(), None, reason)
+
+    def _leave_forks(self, sequence: Sequence) -> None:
+        """Nobody waits for an ended sequence, nor does it wait: its first live fork takes over the prompt."""
+        for leader in sequence.request.sequences:
+            leader.forks = tuple(fork for fork in leader.forks if fork is not sequence)
+        if sequence.forks:
+            heir, *others = sequence.forks
+            heir.forks, sequence.forks = tuple(others), ()
+            self._waiting.appendleft(heir)
+
+    def _remember_tail(self, sequence: Sequence) -> None:
+        """A finished text is known to its last computed token, so that a next turn goes on from there."""
+        if self._tree is not None and sequence.computed:
+            used = -(-sequence.computed // self._block_size)
+            self._tree.insert(sequence.tokens(0, sequence.computed), sequence.blocks[:used], sequence.request.salt)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give all blocks back; the sequence will be recomputed, first in the queue. Its output stays as it is."""
+        self._running.remove(sequence)
+        self._release(sequence)
+        self._waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        for block in sequence.blocks:
+            self._pool.release(block)
+        sequence.blocks = []
+        sequence.computed = sequence.cached_blocks = 0
+
+
+def _tokens(rows: dict[Sequence, Row]) -> int:
+    return sum(row.stop - row.start for row in rows.values())
+
+
+def _row(sequence: Sequence, count: int) -> Row:
+    stop = sequence.computed + count
+    samplers = (sequence, *sequence.forks) if stop == sequence.total else ()
+    return Row(sequence, sequence.computed, stop, samplers)

@@ -1,0 +1,137 @@
+"""A request and its sequences, and the plan of one step over them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from kvant.config import SamplingParams
+from kvant.engine.outputs import FinishReason, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One sampled token of one choice, or the end of a choice without one (token_id None)."""
+
+    index: int
+    token_id: int | None
+    time: float
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The engine died; nothing more will come."""
+
+    message: str
+
+
+Sink = Callable[["Request", TokenEvent | Failure], None]
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt, `sampling.n` sequences.
+
+    Attributes:
+        prompt: token ids.
+        sampling: how to sample.
+        seed: randomness of all its samples, drawn by the engine where `sampling` brings none.
+        sink: receives each event, on the engine's thread; it must return at once.
+        stop_ids: end a sequence: the model's end-of-sequence ids (unless ignored) and the request's own.
+        salt: set where KV depends on more than the token prefix; see `PrefixTree`.
+        cached_tokens: prompt tokens found in the prefix cache.
+        prompt_logprobs: filled as the prompt is computed; the first token has none.
+        scheduled: when the request first left the queue (time.monotonic seconds).
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    sink: Sink
+    stop_ids: frozenset[int] = frozenset()
+    salt: Hashable = None
+    arrival: float = field(default_factory=time.monotonic)
+    scheduled: float | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
+    sequences: tuple[Sequence, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.sequences = tuple(Sequence(self, index) for index in range(self.sampling.n))
+        leader = self.sequences[0]
+        leader.forks = self.sequences[1:]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One choice of a request: `computed` of its `total` tokens have their KV in `blocks`.
+
+    Attributes:
+        forks: the request's other choices, as long as they wait to share this one's prompt.
+        cached_blocks: leading blocks that the prefix tree knows.
+        may_reuse: whether it may take blocks from the prefix tree.
+    """
+
+    request: Request
+    index: int
+    output: list[int] = field(default_factory=list)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    forks: tuple[Sequence, ...] = ()
+    cached_blocks: int = 0
+    may_reuse: bool = True
+    finish_reason: FinishReason | None = None
+
+    @property
+    def total(self) -> int:
+        """Prompt and output tokens."""
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is still to be computed; 1 while decoding."""
+        return self.total - self.computed
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids of positions [start, stop)."""
+        prompt = self.request.prompt
+        return [*prompt[start:stop], *self.output[max(start - len(prompt), 0) : max(stop - len(prompt), 0)]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence's share of a step: compute the tokens [start, stop), then sample for `samplers`.
+
+    `samplers` is empty while a prompt is incomplete, the sequence itself when decoding, and all of the request's
+    sequences when their common prompt is complete.
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+    samplers: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step in plain integers. `copies` (source block, target block) come before anything is computed."""
+
+    rows: tuple[Row, ...]
+    copies: tuple[tuple[int, int], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(row.stop - row.start for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A token drawn for a sequence."""
+
+    sequence: Sequence
+    token_id: int
+    logprobs: TokenLogprobs | None = None

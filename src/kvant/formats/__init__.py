@@ -1,0 +1,1 @@
+"""What the bytes mean: weight planes and KV-cache codes. A leaf: no engine, no kernels."""

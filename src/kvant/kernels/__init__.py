@@ -1,0 +1,1 @@
+"""What can be computed: one contract (`ops`), several makers."""

@@ -1,0 +1,117 @@
+"""The contract every backend fulfils, op by op. `reference.py` is its truth; `tests/test_parity.py` holds others to it.
+
+Shapes use T tokens of the step (all sequences' new tokens, one after the other), S sequences, H query heads, G KV heads
+(H a multiple of G), D head_dim. Activations are in the compute dtype unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from kvant.formats.kv import KVLayer
+from kvant.formats.weight import PackedWeight
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Which token belongs to which sequence and where its KV lies. Prefill, chunks and decodes mix freely.
+
+    Attributes:
+        positions: [T] int64, each token's position in its sequence.
+        slots: [T] int64, where each token's KV is written: block * block_size + offset.
+        query_starts: S + 1 offsets into T; sequence s owns tokens query_starts[s] : query_starts[s + 1].
+        context_lens: S lengths, the new tokens included.
+        block_tables: [S, max_blocks] int64, each sequence's blocks in order, padded with any valid block.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    query_starts: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    block_tables: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One layer's attention: score = softcap(q k^T * scale), over the last `window` tokens where one is set.
+
+    A token at position p attends to positions in (p - window, p]. softcap(x) = c tanh(x / c).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Per row of logits: the numbers that shape its distribution, all [R].
+
+    Attributes:
+        temperature: float32; 0 takes the likeliest token.
+        top_k: int64; 0 keeps all.
+        top_p, min_p: float32; 1 and 0 keep all.
+        uniform: float64 in [0, 1), the randomness of each row, drawn by the caller.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    uniform: Tensor
+
+
+class Ops(Protocol):
+    """What a backend computes. No op keeps a reference to its inputs; only `rope_write_kv` changes one (the cache)."""
+
+    name: str
+
+    def prepare(self, weight: PackedWeight) -> Any:
+        """The weight in the backend's own layout, to be handed to `linear` and `embedding`. Called once a weight."""
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """x [T, K] -> x W^T + b, [T, N]. A row's result does not depend on the other rows (see `reference`)."""
+
+    def embedding(self, ids: Tensor, weight: Any) -> Tensor:
+        """ids [T] int64 -> rows of the weight, [T, N]."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32; weight [last] float32."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The new residual r = x + residual, and rms_norm(r): returns (normed, r)."""
+
+    def rope_write_kv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVLayer,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        """Rotate q and k, write k and v to the cache's slots in its format, return the rotated q.
+
+        q [T, H, D], k and v [T, G, D]; rotary = (cos, sin), each [T, R / 2] float32, rotates the first R elements of a
+        head in pairs (i, i + R / 2); None rotates nothing.
+        """
+
+    def attention(self, q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
+        """Causal attention of q [T, H, D] over the cache, as `AttentionShape` says: [T, H, D]."""
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """x [T, 2 I] = (gate, up) -> act(gate) * up, [T, I]; activation is "silu", "gelu_tanh" or "gelu"."""
+
+    def sample(self, logits: Tensor, params: SamplingBatch) -> Tensor:
+        """logits [R, V] float32 -> token ids [R] int64.
+
+        Rows of temperature 0 take the first maximum. Others divide by the temperature, keep the top_k largest, of those
+        the smallest set with probability >= top_p, of those the ones with p >= min_p * max p, and invert the cumulative
+        distribution (likeliest first, ties by token id) at `uniform`.
+        """

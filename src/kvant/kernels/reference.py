@@ -1,0 +1,168 @@
+"""Every op in plain PyTorch: slow, exact, runs everywhere, and the truth that other backends are held to.
+
+Its results do not depend on the batch: a token's activations and KV codes are the same bits whatever else is in the
+step and however its prompt was cut into chunks. Matrix products are where that could fail, since BLAS picks its kernel
+by shape: row counts are padded to `ROW_TILE`, and sums over the context go tile by tile, so every row is summed in one
+fixed order. A cache of few bits needs this: one flipped code in an early layer changes a text.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvant.formats.kv import KVLayer, LayerStats, Planes, VectorCodec
+from kvant.formats.weight import PackedWeight
+from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
+
+ROW_TILE = 4
+CONTEXT_TILE = 128
+QUERY_TILE = 128  # query tokens scored at once: bounds the score matrix
+
+
+def _pad_rows(x: Tensor, multiple: int) -> Tensor:
+    """Zero rows appended along the last-but-one dimension up to a multiple."""
+    missing = -x.shape[-2] % multiple
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+class ReferenceOps:
+    """The ops of `kernels.ops.Ops`, documented there. A backend may subclass it and override what it has."""
+
+    name = "reference"
+
+    def prepare(self, weight: PackedWeight) -> Tensor:
+        return weight.planes["weight"].data
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        return F.linear(_pad_rows(x, ROW_TILE), weight, bias)[: x.shape[0]]
+
+    def embedding(self, ids: Tensor, weight: Any) -> Tensor:
+        return F.embedding(ids, weight)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        normed: Tensor = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (normed * weight).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def rope_write_kv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVLayer,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        if rotary is not None:
+            q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+        block, offset = batch.slots // cache.block_size, batch.slots % cache.block_size
+        keys = cache.format.key.encode(k, batch.positions, cache.key_stats)
+        values = cache.format.value.encode(v, batch.positions, cache.value_stats)
+        for side, codes in (("key", keys), ("value", values)):
+            for name, plane in cache.side(side).items():
+                plane[block, :, offset] = codes[name]
+        return q
+
+    def attention(self, q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
+        out = torch.empty_like(q)
+        for sequence, (start, stop) in enumerate(pairwise(batch.query_starts)):
+            context = batch.context_lens[sequence]
+            blocks = batch.block_tables[sequence, : -(-context // cache.block_size)]
+            keys = _gather(cache.format.key, cache.side("key"), blocks, cache.key_stats)
+            values = _gather(cache.format.value, cache.side("value"), blocks, cache.value_stats)
+            for first in range(start, stop, QUERY_TILE):
+                rows = slice(first, min(first + QUERY_TILE, stop))
+                out[rows] = _attend(q[rows], keys, values, batch.positions[rows], shape)
+        return out
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        if activation == "silu":
+            return F.silu(gate) * up
+        return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+    def sample(self, logits: Tensor, params: SamplingBatch) -> Tensor:
+        tokens = logits.argmax(-1)
+        drawn = params.temperature.nonzero().squeeze(-1)
+        if drawn.numel():
+            rows = SamplingBatch(*(getattr(params, name)[drawn] for name in SamplingBatch.__dataclass_fields__))
+            tokens[drawn] = _draw(logits[drawn], rows)
+        return tokens
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, D] rotated by cos, sin [T, R / 2] in pairs (i, i + R / 2); elements from R on pass through."""
+    half = cos.shape[-1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+
+
+def _gather(codec: VectorCodec, planes: Planes, blocks: Tensor, stats: LayerStats) -> Tensor:
+    """The decoded vectors of one sequence, zero-padded to whole context tiles: [kv_heads, context, head_dim]."""
+    tokens = {name: plane[blocks].transpose(1, 2).flatten(0, 1) for name, plane in planes.items()}
+    length = next(iter(tokens.values())).shape[0]
+    vectors = codec.decode(tokens, torch.arange(length), stats).transpose(0, 1)
+    return _pad_rows(vectors, CONTEXT_TILE).contiguous()
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, shape: AttentionShape) -> Tensor:
+    """Queries [T, H, D] over one sequence's keys and values [G, context, D]: [T, H, D]."""
+    tokens, heads, dim = q.shape
+    group = heads // shape.num_kv_heads
+    # Query heads that share a KV head become rows of one product: [G, group * T, D].
+    rows = q.float().transpose(0, 1).reshape(shape.num_kv_heads, group * tokens, dim)
+    scores = _pad_rows(rows, ROW_TILE) @ keys.transpose(1, 2)
+    scores = _mask(scores[:, : group * tokens].unflatten(1, (group, tokens)) * shape.scale, positions, shape)
+    weights = torch.softmax(scores, dim=-1).flatten(1, 2)
+    mixed = _mix(_pad_rows(weights, ROW_TILE), values)[:, : group * tokens]
+    return mixed.reshape(heads, tokens, dim).transpose(0, 1).to(q.dtype)
+
+
+def _mix(weights: Tensor, values: Tensor) -> Tensor:
+    """weights [G, rows, context] @ values [G, context, D], the context's tiles summed from first to last."""
+    tiles = values.shape[1] // CONTEXT_TILE
+    by_tile: Tensor = weights.unflatten(2, (tiles, CONTEXT_TILE)).transpose(1, 2) @ values.unflatten(
+        1, (tiles, CONTEXT_TILE)
+    )
+    mixed: Tensor = reduce(torch.add, by_tile.unbind(1))
+    return mixed
+
+
+def _mask(scores: Tensor, positions: Tensor, shape: AttentionShape) -> Tensor:
+    """Soft-cap, then hide what lies in the future or before the window; scores [..., T, context]."""
+    if shape.softcap is not None:
+        scores = torch.tanh(scores / shape.softcap) * shape.softcap
+    distance = positions.unsqueeze(1) - torch.arange(scores.shape[-1])
+    hidden = distance < 0
+    if shape.window is not None:
+        hidden |= distance >= shape.window
+    return scores.masked_fill(hidden, float("-inf"))
+
+
+def _draw(logits: Tensor, params: SamplingBatch) -> Tensor:
+    """One token a row by inverting the filtered cumulative distribution at `uniform`."""
+    scaled = logits.double() / params.temperature.double().unsqueeze(1)
+    values, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    vocab = logits.shape[-1]
+    limit = torch.where(params.top_k > 0, params.top_k, vocab).unsqueeze(1)
+    values = values.masked_fill(torch.arange(vocab) >= limit, float("-inf"))
+    probs = values.softmax(-1)
+    before = probs.cumsum(-1) - probs
+    # The likeliest token always stays, whatever the bounds.
+    drop = (before >= params.top_p.unsqueeze(1)) | (probs < params.min_p.unsqueeze(1) * probs[:, :1])
+    drop[:, 0] = False
+    cumulative = probs.masked_fill(drop, 0.0).cumsum(-1)
+    target = params.uniform.unsqueeze(1) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=vocab - 1)
+    return ids.gather(1, chosen).squeeze(1)

@@ -1,0 +1,1 @@
+"""One generic decoder; families differ by data."""

@@ -1,0 +1,81 @@
+"""The one generic decoder: embeddings, layers, final norm, output head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvant.formats.kv import KVLayer
+from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops
+from kvant.models.layers import LayerWeights, Linear, TokenContext, attention, log_n_scale, mlp
+from kvant.models.rope import RotaryEmbedding
+from kvant.models.spec import LayerSpec, ModelSpec
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """All weights of a model, prepared for one backend. `embedding` is what `ops.embedding` takes."""
+
+    embedding: Any
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: Linear
+
+
+class Decoder:
+    """A model bound to a backend. It holds no state of any sequence: the KV cache is an argument."""
+
+    def __init__(self, spec: ModelSpec, weights: DecoderWeights, ops: Ops) -> None:
+        self.spec = spec
+        self.ops = ops
+        self._weights = weights
+        self._ropes = {layer.rope: RotaryEmbedding(layer.rope) for layer in spec.layers if layer.rope is not None}
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, batch: AttentionBatch, rope_lengths: Tensor, cache: Sequence[KVLayer]) -> Tensor:
+        """Hidden states after the final norm, [T, hidden]; writes the tokens' KV into `cache`, one entry a layer.
+
+        Args:
+            ids: [T] int64 token ids.
+            batch: where each token stands and where its KV lies.
+            rope_lengths: [T] int64, see `models.rope.rope_length`.
+            cache: the layers of the KV store.
+        """
+        ops, spec, eps = self.ops, self.spec, self.spec.rms_eps
+        rotary = {rope: embed(batch.positions, rope_lengths) for rope, embed in self._ropes.items()}
+        query_scale = None if spec.log_n_length is None else log_n_scale(batch.positions, spec.log_n_length)
+        x = ops.embedding(ids, self._weights.embedding) * spec.embedding_scale
+        residual = torch.zeros_like(x)
+        for layer, weights, kv in zip(spec.layers, self._weights.layers, cache, strict=True):
+            tokens = TokenContext(batch, rotary[layer.rope] if layer.rope else None, query_scale)
+            h, residual = ops.add_rms_norm(x, residual, weights.input_norm, eps)
+            x = attention(ops, h, weights.attention, self._shape(layer), eps, kv, tokens)
+            x = self._post_norm(x, weights.post_attention_norm)
+            h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, eps)
+            x = self._post_norm(mlp(ops, h, weights.mlp, spec.activation), weights.post_mlp_norm)
+        return ops.add_rms_norm(x, residual, self._weights.norm, eps)[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, hidden] -> logits [R, vocab] float32."""
+        logits = self._weights.head(self.ops, hidden).float()
+        cap = self.spec.final_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _shape(self, layer: LayerSpec) -> AttentionShape:
+        spec = self.spec
+        return AttentionShape(
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            scale=spec.attention_scale,
+            window=layer.window,
+            softcap=spec.attention_softcap,
+        )
+
+    def _post_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else self.ops.rms_norm(x, weight, self.spec.rms_eps)

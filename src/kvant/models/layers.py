@@ -1,0 +1,94 @@
+"""The decoder's parts: their weights, and how they are applied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvant.formats.kv import KVLayer
+from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A prepared weight and its bias ([N], compute dtype)."""
+
+    weight: Any
+    bias: Tensor | None = None
+
+    def __call__(self, ops: Ops, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """qkv: rows of all query heads, then key heads, then value heads. The head norms are [head_dim] float32."""
+
+    qkv: Linear
+    out: Linear
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """gate_up: rows of the gate, then of the up projection."""
+
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer; norms are [hidden] float32, the post norms exist only where the spec has post_norms."""
+
+    input_norm: Tensor
+    attention: AttentionWeights
+    mlp_norm: Tensor
+    mlp: MlpWeights
+    post_attention_norm: Tensor | None = None
+    post_mlp_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What one layer's attention needs to know of the step's tokens."""
+
+    batch: AttentionBatch
+    rotary: tuple[Tensor, Tensor] | None
+    query_scale: Tensor | None = None  # [T, 1, 1]: log-n attention
+
+
+def attention(
+    ops: Ops,
+    x: Tensor,
+    weights: AttentionWeights,
+    shape: AttentionShape,
+    eps: float,
+    cache: KVLayer,
+    tokens: TokenContext,
+) -> Tensor:
+    """Project, norm the heads, rotate and write, attend, project back: [T, hidden] -> [T, hidden]."""
+    heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    qkv = weights.qkv(ops, x).unflatten(-1, (heads + 2 * groups, dim))
+    q, k, v = qkv.split([heads, groups, groups], dim=1)
+    if weights.q_norm is not None and weights.k_norm is not None:
+        q, k = ops.rms_norm(q, weights.q_norm, eps), ops.rms_norm(k, weights.k_norm, eps)
+    q = ops.rope_write_kv(q, k, v, tokens.rotary, cache, tokens.batch)
+    if tokens.query_scale is not None:
+        q = q * tokens.query_scale.to(q.dtype)
+    return weights.out(ops, ops.attention(q, cache, tokens.batch, shape).flatten(1))
+
+
+def mlp(ops: Ops, x: Tensor, weights: MlpWeights, activation: str) -> Tensor:
+    """down(act(gate(x)) * up(x)): [T, hidden] -> [T, hidden]."""
+    return weights.down(ops, ops.gated(weights.gate_up(ops, x), activation))
+
+
+def log_n_scale(positions: Tensor, length: int) -> Tensor:
+    """Qwen's log-n attention: log(p + 1) / log(length) from position `length` on, 1 before: [T, 1, 1] float32."""
+    scale = (positions + 1).double().log() / torch.tensor(float(length)).log()
+    return scale.clamp(min=1.0).float().view(-1, 1, 1)

@@ -1,0 +1,1 @@
+"""Where tensors come from: lazy name -> tensor over memory-mapped files."""
