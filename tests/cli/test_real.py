@@ -17,11 +17,13 @@ import openai
 import pytest
 
 KVANT = [sys.executable, "-c", "from kvant.cli.main import main; main()"]
+SMALL = ["--max-model-len", "2048", "--kv-cache-memory", "64MiB", "--block-size", "16"]
+GREEDY = ["--temperature", "0"]
 QUESTION = "What is the capital of France? Answer briefly."
 
 
 def test_one_answer(smollm2):
-    command = [*KVANT, "chat", str(smollm2), "-q", "-", "--temperature", "0", "--max-tokens", "24", "--stats"]
+    command = [*KVANT, "chat", str(smollm2), *SMALL, *GREEDY, "-q", "-", "--max-tokens", "24", "--stats"]
     done = subprocess.run(command, input=QUESTION, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
@@ -31,7 +33,7 @@ def test_one_answer(smollm2):
 
 
 def test_a_conversation_remembers(smollm2):
-    command = [*KVANT, "chat", str(smollm2), "--temperature", "0", "--max-tokens", "16", "--stats"]
+    command = [*KVANT, "chat", str(smollm2), *SMALL, *GREEDY, "--max-tokens", "16", "--stats"]
     turns = "My name is Ada.\nWhat is my name?\n/reset\nWhat is my name?\n"
     done = subprocess.run(command, input=turns, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -42,7 +44,7 @@ def test_a_conversation_remembers(smollm2):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(smollm2):
-    command = [*KVANT, "chat", str(smollm2), "--temperature", "0", "--stats"]
+    command = [*KVANT, "chat", str(smollm2), *SMALL, *GREEDY, "--stats"]
     with running(command) as process:
         process.stdin.write("Write a very long story about the sea, with many chapters.\n")
         process.stdin.flush()
@@ -57,8 +59,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(smollm2):
         assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_single_answer_with_130(smollm2):
-    command = [*KVANT, "chat", str(smollm2), "-q", "Write a very long story about the sea.", "--temperature", "0"]
+    command = [*KVANT, "chat", str(smollm2), *SMALL, *GREEDY, "-q", "Write a very long story about the sea."]
     with running(command) as process:
         assert process.stdout.read(20)
         process.send_signal(signal.SIGINT)
@@ -66,9 +69,9 @@ def test_ctrl_c_ends_a_single_answer_with_130(smollm2):
         assert "Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_server_that_is_told_to_stop_finishes_what_it_began(smollm2, stop):
-    with running([*KVANT, "serve", str(smollm2), "--port", "0", "--served-model-name", "tiny"]) as process:
+    with running([*KVANT, "serve", str(smollm2), *SMALL, "--port", "0", "--served-model-name", "tiny"]) as process:
         base = wait_for_url(process)
         client = openai.OpenAI(base_url=base, api_key="unused", max_retries=0)
         stream = client.completions.create(
@@ -85,11 +88,23 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_began(smollm2, stop):
         assert process.wait(timeout=30) == 0
 
 
+@pytest.mark.slow
 def test_a_server_cuts_off_what_takes_too_long(smollm2):
-    command = [*KVANT, "serve", str(smollm2), "--port", "0", "--drain-seconds", "1", "--served-model-name", "tiny"]
+    command = [
+        *KVANT,
+        "serve",
+        str(smollm2),
+        *SMALL,
+        "--port",
+        "0",
+        "--drain-seconds",
+        "1",
+        "--served-model-name",
+        "tiny",
+    ]
     with running(command) as process:
         base = wait_for_url(process)
-        body = {"prompt": "Once upon a time", "max_tokens": 8000, "stream": True, "ignore_eos": True}
+        body = {"prompt": "Once upon a time", "max_tokens": 2000, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", f"{base}/completions", json=body, timeout=60) as response:
             events = response.iter_lines()
             assert json.loads(next(events).removeprefix("data: "))["object"] == "text_completion"

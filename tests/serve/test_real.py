@@ -61,7 +61,7 @@ def test_64_streams_at_once_finish_and_cancelled_ones_free_their_blocks(real):
     async def read(client: openai.AsyncOpenAI, index: int) -> tuple[str, str | None]:
         messages = [{"role": "user", "content": f"Count from {index} upwards."}]
         stream = await client.chat.completions.create(
-            **ASK, messages=messages, stream=True, max_tokens=12, extra_body={"ignore_eos": True}
+            **ASK, messages=messages, stream=True, max_tokens=8, extra_body={"ignore_eos": True}
         )
         text, reason = "", None
         async for chunk in stream:
@@ -94,8 +94,8 @@ def test_cancelled_tasks_free_their_blocks_whether_they_wait_or_run(real):
     async def cancel_all() -> None:
         async with openai.AsyncOpenAI(base_url=real.url, api_key="unused", max_retries=0) as client:
             tasks = [asyncio.create_task(ask(client, stream)) for stream in (True, False) * 6]
-            await asyncio.sleep(0.5)
-            assert real.engine.stats().running > 0
+            while real.engine.stats().running == 0:
+                await asyncio.sleep(0.01)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFReader
 
 from kvant.text.gguf import tokenizer_from_gguf
 from kvant.text.spelling import BYTE_TO_CHAR
 from kvant.text.tokenizer import Tokenizer
+from kvant.weights.sources.gguf import GgufSource
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not care.",
@@ -24,7 +24,7 @@ CORPUS = (
 
 @pytest.fixture(scope="session")
 def metadata(smollm2: Path) -> dict[str, Any]:
-    return {name: field.contents() for name, field in GGUFReader(smollm2).fields.items()}
+    return GgufSource(smollm2).metadata
 
 
 @pytest.fixture(scope="session")

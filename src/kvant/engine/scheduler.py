@@ -84,7 +84,7 @@ class Scheduler:
         for sequence in sorted(self._running, key=lambda s: s.remaining > 1):
             if sequence in self._running:
                 self._continue(sequence, rows, copies)
-        if preempted == self.preemptions:
+        if preempted == self.preemptions or not rows:
             self._admit(rows, copies)
         return Plan(tuple(rows.values()), tuple(copies))
 
@@ -118,8 +118,8 @@ class Scheduler:
             if self.num_running + 1 + len(sequence.forks) > self._max_num_seqs:
                 return
             self._reuse_prefix(sequence)
-            count = min(sequence.remaining, self._budget - _tokens(rows))
-            if not self._reserve(sequence, sequence.computed + count, copies):
+            # Room for all of it, though only a chunk may be computed now: half a prompt would only hold others up.
+            if not self._reserve(sequence, sequence.total, copies):
                 self._release(sequence)
                 if self._running:
                     return
@@ -128,7 +128,7 @@ class Scheduler:
             self._waiting.popleft()
             self._running.append(sequence)
             sequence.request.scheduled = sequence.request.scheduled or time.monotonic()
-            rows[sequence] = _row(sequence, count)
+            rows[sequence] = _row(sequence, min(sequence.remaining, self._budget - _tokens(rows)))
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
         """Take what the tree knows of the sequence's tokens; the last token is always computed, for its logits."""

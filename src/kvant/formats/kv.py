@@ -58,17 +58,17 @@ class VectorCodec(ABC):
         """Codes of `x`.
 
         Args:
-            x: [tokens, kv_heads, head_dim], any float dtype, finite; keys come after RoPE.
+            x: [kv_heads, tokens, head_dim], any float dtype, finite; keys come after RoPE.
             positions: [tokens] int64, each token's position in its own sequence.
             stats: what was measured for this layer.
 
         Returns:
-            For each plane name a tensor [tokens, kv_heads, *plane.shape].
+            For each plane name a tensor [kv_heads, tokens, *plane.shape].
         """
 
     @abstractmethod
     def decode(self, planes: Planes, positions: Tensor, stats: LayerStats) -> Tensor:
-        """The inverse of `encode`, up to rounding: float32 [tokens, kv_heads, head_dim]."""
+        """The inverse of `encode`, up to rounding: float32 [kv_heads, tokens, head_dim]."""
 
 
 @dataclass(frozen=True)

@@ -66,18 +66,17 @@ class ReferenceOps:
         if rotary is not None:
             q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         block, offset = batch.slots // cache.block_size, batch.slots % cache.block_size
-        keys = cache.format.key.encode(k, batch.positions, cache.key_stats)
-        values = cache.format.value.encode(v, batch.positions, cache.value_stats)
+        keys = cache.format.key.encode(k.transpose(0, 1), batch.positions, cache.key_stats)
+        values = cache.format.value.encode(v.transpose(0, 1), batch.positions, cache.value_stats)
         for side, codes in (("key", keys), ("value", values)):
             for name, plane in cache.side(side).items():
-                plane[block, :, offset] = codes[name]
+                plane[block, :, offset] = codes[name].transpose(0, 1)
         return q
 
     def attention(self, q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
         out = torch.empty_like(q)
         for sequence, (start, stop) in enumerate(pairwise(batch.query_starts)):
-            context = batch.context_lens[sequence]
-            blocks = batch.block_tables[sequence, : -(-context // cache.block_size)]
+            blocks = _padded_blocks(batch.block_tables[sequence], batch.context_lens[sequence], cache.block_size)
             keys = _gather(cache.format.key, cache.side("key"), blocks, cache.key_stats)
             values = _gather(cache.format.value, cache.side("value"), blocks, cache.value_stats)
             for first in range(start, stop, QUERY_TILE):
@@ -108,12 +107,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
 
 
+def _padded_blocks(table: Tensor, context: int, block_size: int) -> Tensor:
+    """A sequence's blocks, the last one repeated up to whole context tiles; the mask hides what that adds."""
+    used = -(-context // block_size)
+    tile = max(CONTEXT_TILE // block_size, 1)
+    return table[torch.arange(-(-used // tile) * tile).clamp(max=used - 1)]
+
+
 def _gather(codec: VectorCodec, planes: Planes, blocks: Tensor, stats: LayerStats) -> Tensor:
-    """The decoded vectors of one sequence, zero-padded to whole context tiles: [kv_heads, context, head_dim]."""
-    tokens = {name: plane[blocks].transpose(1, 2).flatten(0, 1) for name, plane in planes.items()}
-    length = next(iter(tokens.values())).shape[0]
-    vectors = codec.decode(tokens, torch.arange(length), stats).transpose(0, 1)
-    return _pad_rows(vectors, CONTEXT_TILE).contiguous()
+    """The decoded vectors of one sequence: [kv_heads, context, head_dim]."""
+    tokens = {name: plane[blocks].transpose(0, 1).flatten(1, 2) for name, plane in planes.items()}
+    length = next(iter(tokens.values())).shape[1]
+    return codec.decode(tokens, torch.arange(length), stats)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, shape: AttentionShape) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -69,32 +70,65 @@ SPLITTINGS: Final[Mapping[str, Splitting]] = MappingProxyType(
 """By the names that GGUF files give them (tokenizer.ggml.pre)."""
 
 
-def byte_level(vocabulary: Mapping[str, int], merges: Merges, splitting: Splitting) -> Backend:
-    """An encoder over bytes, whose tokens are named in the alphabet of `spelling.BYTE_TO_CHAR`.
+class Kind(IntEnum):
+    """What a piece is; SentencePiece's numbers, which GGUF took over."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+STAND_ALONE: Final = frozenset({Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED})
+"""Pieces that are found in a text before the text is split and merged."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An entry of a SentencePiece vocabulary; of two possible merges, the one that makes the higher score is done."""
+
+    name: str
+    score: float
+    kind: int
+
+
+def byte_level(names: Sequence[str], merges: Merges, splitting: Splitting) -> Backend:
+    """An encoder over bytes.
+
+    Args:
+        names: of the tokens by id, in the alphabet of `spelling.BYTE_TO_CHAR`.
+        merges: pairs of names, the first ones first.
+        splitting: of the text, before pairs are merged.
 
     Raises:
-        CorruptModelError: a merge makes something that is not in the vocabulary.
+        CorruptModelError: a name is there twice, or a merge makes something that has no name.
     """
-    backend = _backend(vocabulary, merges, ignore_merges=splitting.ignore_merges)
+    backend = _backend(names, merges, ignore_merges=splitting.ignore_merges)
     backend.normalizer = normalizers.NFC() if splitting.nfc else None
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splitting.patterns]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    to_names = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_names])
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def sentencepiece(vocabulary: Mapping[str, int], merges: Merges, unk: str | None, prefix: PrefixScheme) -> Backend:
-    """An encoder over characters with "▁" for spaces; what it does not know becomes bytes (`<0x0A>`) or `unk`.
+def sentencepiece(pieces: Sequence[Piece], prefix: PrefixScheme) -> Backend:
+    """An encoder over characters with "▁" for spaces; characters it does not know become bytes (`<0x0A>`).
 
     Args:
-        vocabulary: ids by piece.
-        merges: the best first.
-        unk: the piece for what is not in the vocabulary, if there is one.
+        pieces: by id.
         prefix: where a space is put before a text: "always" after special tokens too, or "first" in the text only.
+
+    Raises:
+        CorruptModelError: a name is there twice.
     """
-    backend = _backend(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
+    ranked = sorted((piece for piece in pieces if piece.kind == Kind.NORMAL), key=lambda piece: -piece.score)
+    merges = all_merges([piece.name for piece in ranked])
+    unknown = next((piece.name for piece in pieces if piece.kind == Kind.UNKNOWN), None)
+    names = [piece.name for piece in pieces]
+    backend = _backend(names, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     before = [normalizers.Prepend("▁")] if prefix == "always" else []
     backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
     if prefix == "first":
@@ -105,23 +139,27 @@ def sentencepiece(vocabulary: Mapping[str, int], merges: Merges, unk: str | None
     return backend
 
 
-def all_merges(pieces: Collection[str]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, in the order of the pieces (the best first).
+def all_merges(names: Collection[str]) -> list[tuple[str, str]]:
+    """Every way to make a name of two others, in the order of the names (the best first).
 
     Where a vocabulary is stored without merges, its encoder joins any two neighbours that make a piece, the best piece
     first. With these merges a byte-pair encoder does the same.
     """
-    known = frozenset(pieces)
+    known = frozenset(names)
     return [
-        (piece[:cut], piece[cut:])
-        for piece in pieces
-        for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in known and piece[cut:] in known
+        (name[:cut], name[cut:])
+        for name in names
+        for cut in range(len(name) - 1, 0, -1)
+        if name[:cut] in known and name[cut:] in known
     ]
 
 
-def _backend(vocabulary: Mapping[str, int], merges: Merges, **options: object) -> Backend:
+def _backend(names: Sequence[str], merges: Merges, **options: object) -> Backend:
+    ids = {name: token for token, name in enumerate(names)}
+    if len(ids) != len(names):
+        twice = next(name for token, name in enumerate(names) if ids[name] != token)
+        raise CorruptModelError(f"the token {twice!r} is twice in the tokenizer's vocabulary")
     try:
-        return Backend(models.BPE(vocab=dict(vocabulary), merges=list(merges), **options))
+        return Backend(models.BPE(vocab=ids, merges=list(merges), **options))
     except Exception as error:  # the library raises nothing narrower
         raise CorruptModelError(f"the tokenizer's vocabulary and merges do not fit together: {error}") from error

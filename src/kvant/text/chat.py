@@ -89,13 +89,15 @@ def _message(message: Any, template: ChatTemplate) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RequestError(f"a message is an object with role and content, not {message!r}")
     role = message.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RequestError(f"a message's role is one of {', '.join(sorted(ROLES))}, not {role!r}")
     if role == "developer" and "developer" not in template.source:
         role = "system"
     plain = {**message, "role": role, "content": _content(message.get("content"), role)}
-    if plain.get("tool_calls"):
-        plain["tool_calls"] = [_tool_call(call) for call in plain["tool_calls"]]
+    if calls := plain.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise RequestError(f"a message's tool_calls is a list, not {calls!r}")
+        plain["tool_calls"] = [_tool_call(call) for call in calls]
     return plain
 
 

@@ -34,6 +34,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         CorruptModelError: a file cannot be read, or contradicts the others.
         MissingDependencyError: a package that the file needs is not installed.
     """
+    try:
+        return _load(directory)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptModelError(f"{directory}: the tokenizer's files are malformed: {error!r}") from error
+
+
+def _load(directory: Path) -> Tokenizer:
     declared = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
     backend, config = _backend(directory, {key: value for key, value in declared.items() if value is not None})
     _add_tokens(backend, config, _read_json(directory / "added_tokens.json"))
@@ -128,5 +135,5 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
         return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     source = _read_json(directory / "chat_template.json").get("chat_template", config.get("chat_template", {}))
     if isinstance(source, list):
-        return {entry["name"]: entry["template"] for entry in source}
+        source = {entry["name"]: entry["template"] for entry in source}
     return {"default": source} if isinstance(source, str) else dict(source)

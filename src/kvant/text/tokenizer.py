@@ -80,12 +80,12 @@ class Tokenizer:
             add_special_tokens: put BOS before it and EOS after it where the model's own tokenizer does.
 
         Raises:
-            RequestError: the text is not Unicode (half of a surrogate pair).
+            RequestError: it is no string, or holds half of a surrogate pair.
         """
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
-            raise RequestError(f"the text cannot be encoded: {_fault(text)}") from error
+            raise RequestError("a text to encode must be a string of whole Unicode characters") from error
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of these ids. Bytes that are not UTF-8 become U+FFFD, ids that stand for nothing become nothing."""
@@ -111,7 +111,10 @@ class Tokenizer:
         return self._spelling.leading_spaces
 
     def _name(self, token_id: int | None) -> str | None:
-        return None if token_id is None or token_id < 0 else self.backend.id_to_token(token_id)
+        try:
+            return None if token_id is None else self.backend.id_to_token(token_id)
+        except OverflowError:  # negative, or larger than the library's ids
+            return None
 
 
 def frame(backend: Backend, bos_id: int | None, eos_id: int | None) -> None:
@@ -129,13 +132,3 @@ def frame(backend: Backend, bos_id: int | None, eos_id: int | None) -> None:
         pair=[*before, "$A", *after, *before, "$B", *after],
         special_tokens=[(name, i) for i, name in names.items()],
     )
-
-
-def _fault(text: Any) -> str:
-    if not isinstance(text, str):
-        return f"it is a {type(text).__name__}, not a string"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"{error.reason} at position {error.start}"
-    return "the tokenizer refused it"

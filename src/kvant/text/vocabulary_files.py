@@ -14,11 +14,11 @@ from tokenizers import Tokenizer as Backend
 
 from kvant.errors import CorruptModelError, MissingDependencyError, UnsupportedModelError
 from kvant.text import bpe
+from kvant.text.bpe import Kind
 from kvant.text.spelling import BYTE_TO_CHAR
 
 QWEN_SPECIAL_TOKENS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _BPE = 2
 
 
@@ -37,19 +37,17 @@ def read_sentencepiece(path: Path, prefix: bpe.PrefixScheme) -> tuple[Backend, d
     model = _parse(path)
     if model.trainer_spec.model_type != _BPE:
         raise UnsupportedModelError(f"{path}: SentencePiece models are supported where they are of the type BPE")
-    pieces = list(model.pieces)
+    pieces = [_piece(entry) for entry in model.pieces]
     if not model.normalizer_spec.add_dummy_prefix:
         prefix = "never"
-    elif any(piece.type == _USER_DEFINED for piece in pieces):
+    elif any(piece.kind == Kind.USER_DEFINED for piece in pieces):
         prefix = "first"  # no space goes between such a piece and what follows it
-    ranked = sorted((piece for piece in pieces if piece.type == _NORMAL), key=lambda piece: -piece.score)
-    merges = bpe.all_merges([piece.piece for piece in ranked])
-    unk = next((piece.piece for piece in pieces if piece.type == _UNKNOWN), None)
-    backend = bpe.sentencepiece({_written(piece): i for i, piece in enumerate(pieces)}, merges, unk, prefix)
+    backend = bpe.sentencepiece(pieces, prefix)
     backend.normalizer = normalizers.Sequence([*_cleaning(model.normalizer_spec), backend.normalizer])
-    backend.add_tokens([_added(piece) for piece in pieces if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)])
-    roles = {name: getattr(model.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
-    return backend, {f"{name}_token": pieces[i].piece for name, i in roles.items() if 0 <= i < len(pieces)}
+    alone = [piece for piece in pieces if piece.kind in bpe.STAND_ALONE]
+    backend.add_tokens([AddedToken(p.name, special=p.kind != Kind.USER_DEFINED, normalized=False) for p in alone])
+    ids = {role: getattr(model.trainer_spec, f"{role}_id") for role in ("bos", "eos", "unk", "pad")}
+    return backend, {f"{role}_token": pieces[i].name for role, i in ids.items() if 0 <= i < len(pieces)}
 
 
 def read_qwen_tiktoken(path: Path) -> Backend:
@@ -64,8 +62,8 @@ def read_qwen_tiktoken(path: Path) -> Backend:
         raise CorruptModelError(f"{path}: a line is not '<base64> <rank>': {error}") from error
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise CorruptModelError(f"{path}: the ranks are not those from 0 to {len(ranks) - 1}")
-    vocabulary = {_name(token): rank for token, rank in sorted(ranks.items(), key=lambda entry: entry[1])}
-    backend = bpe.byte_level(vocabulary, bpe.all_merges(vocabulary), bpe.SPLITTINGS["qwen2"])
+    names = [_name(token) for token, _ in sorted(ranks.items(), key=lambda entry: entry[1])]
+    backend = bpe.byte_level(names, bpe.all_merges(names), bpe.SPLITTINGS["qwen2"])
     backend.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
     return backend
 
@@ -82,13 +80,10 @@ def _parse(path: Path) -> Any:
         raise CorruptModelError(f"{path} is not a SentencePiece model: {error}") from error
 
 
-def _written(piece: Any) -> str:
-    """A piece's name; those that are found in the text itself are named as they stand there."""
-    return str(piece.piece.replace("▁", " ") if piece.type == _USER_DEFINED else piece.piece)
-
-
-def _added(piece: Any) -> AddedToken:
-    return AddedToken(_written(piece), special=piece.type != _USER_DEFINED, normalized=False)
+def _piece(entry: Any) -> bpe.Piece:
+    """User-defined pieces are named as they stand in a text."""
+    name = entry.piece.replace("▁", " ") if entry.type == Kind.USER_DEFINED else entry.piece
+    return bpe.Piece(name, entry.score, entry.type)
 
 
 def _cleaning(rules: Any) -> Iterable[Any]:

@@ -1,0 +1,188 @@
+"""A scheduler over a memory that knows what it should hold: every wrongly shared, stale or unwritten slot is seen."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from kvant.cache.blocks import BlockPool
+from kvant.cache.prefix import PrefixTree
+from kvant.config import SamplingParams
+from kvant.engine.scheduler import Scheduler
+from kvant.engine.sequence import Plan, Request, Row, Sampled, Sequence
+
+STOP = 9
+Fingerprint = tuple[Hashable, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine would be configured with."""
+
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    budget: int
+    caching: bool
+
+
+def drawn(request: Request, index: int, position: int) -> int:
+    """The token a choice samples at a place of its output: a pure function, so preemption must not change it.
+
+    Mostly 0, so that the outputs of different choices and requests run together for a while.
+    """
+    return random.Random(f"{request.seed}/{index}/{position}").choice((0, 0, 0, 0, 1, STOP))
+
+
+class Simulation:
+    """Scheduler, pool and tree, driven like the engine drives them.
+
+    `memory[block][offset]` holds, instead of KV, what KV depends on: the salt and all tokens up to that place.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pool = BlockPool(limits.num_blocks)
+        self.tree = PrefixTree(self.pool, limits.block_size) if limits.caching else None
+        self.scheduler = Scheduler(
+            self.pool,
+            self.tree,
+            block_size=limits.block_size,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.budget,
+            max_model_len=limits.max_model_len,
+        )
+        self.memory: list[list[Fingerprint | None]] = [[None] * limits.block_size for _ in range(limits.num_blocks)]
+        self.requests: list[Request] = []
+
+    def submit(
+        self, prompt: list[int], n: int = 1, max_tokens: int | None = None, salt: Hashable = None, may_reuse: bool = True
+    ) -> Request:
+        """Queue a request; its number is its seed."""
+        sampling = SamplingParams(n=n, max_tokens=max_tokens)
+        seed = len(self.requests)
+        request = Request(tuple(prompt), sampling, seed, lambda *event: None, frozenset({STOP}), salt)
+        request.sequences[0].may_reuse = may_reuse
+        self.requests.append(request)
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request: Request, index: int | None = None) -> None:
+        """Abort a request or a choice of it, and check that it is gone."""
+        chosen = [s for s in request.sequences if index in (None, s.index)]
+        live = [s for s in chosen if s.finish_reason is None]
+        events = self.scheduler.abort(request, index)
+        assert [(event.index, event.token_id, event.finish_reason) for event in events] == [
+            (sequence.index, None, "abort") for sequence in live
+        ]
+        assert all(sequence.finish_reason is not None and not sequence.blocks for sequence in chosen)
+
+    def step(self) -> Plan:
+        """One step, every promise of the plan checked."""
+        plan = self.scheduler.plan()
+        self._check_plan(plan)
+        for source, target in plan.copies:
+            self.memory[target] = list(self.memory[source])
+        self._write(plan)
+        for row in plan.rows:
+            self._check_context(row)
+        sampled = [
+            Sampled(sequence, drawn(sequence.request, sequence.index, len(sequence.output)))
+            for row in plan.rows
+            for sequence in row.samplers
+        ]
+        places = [(sequence, len(sequence.output)) for row in plan.rows for sequence in row.samplers]
+        events = self.scheduler.commit(plan, sampled)
+        for (sequence, place), (request, event) in zip(places, events, strict=True):
+            assert (request, event.index) == (sequence.request, sequence.index)
+            assert event.token_id == drawn(request, event.index, place)
+            assert event.finish_reason == sequence.finish_reason == expected_end(self.limits, sequence)
+        return plan
+
+    def finish(self) -> None:
+        """Step until nothing is left to do; the bound is generous, so beyond it nothing moves."""
+        work = sum(len(r.prompt) + self.limits.max_model_len * r.sampling.n for r in self.requests)
+        for _ in range(50 + 20 * work):
+            if not self.scheduler.has_work():
+                return
+            self.step()
+            self.check_holders()
+        raise AssertionError("the scheduler goes round in circles")
+
+    def check_holders(self) -> None:
+        """Every block has as many references as holders, and the free ones have none."""
+        held = Counter(block for sequence in self.sequences for block in sequence.blocks)
+        assert self.scheduler.blocks_used == len(held)
+        known = list(self.tree.blocks()) if self.tree else []
+        assert len(known) == len(set(known)), "two nodes of the tree share a block"
+        held.update(known)
+        references = [self.pool.references(block) for block in range(self.limits.num_blocks)]
+        assert references == [held[block] for block in range(self.limits.num_blocks)]
+        assert self.pool.num_free == references.count(0)
+        for sequence in self.sequences:
+            assert len(sequence.blocks) == -(-sequence.computed // self.limits.block_size)
+            assert sequence.finish_reason is None or not sequence.blocks
+
+    def check_known_prefixes(self) -> None:
+        """What the tree says it knows of any text ever seen is what the memory holds."""
+        for sequence in self.sequences if self.tree else ():
+            tokens, salt = sequence.tokens(0, sequence.total), sequence.request.salt
+            match = self.tree.match(tokens, salt)
+            assert match.length <= len(tokens)
+            self._check_memory(tokens[: match.length], salt, match.blocks)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All choices of all requests, finished ones too."""
+        return [sequence for request in self.requests for sequence in request.sequences]
+
+    def _check_plan(self, plan: Plan) -> None:
+        assert plan.rows, "a plan must move something"
+        assert plan.num_tokens <= self.limits.budget
+        assert self.scheduler.num_running <= self.limits.max_num_seqs
+        assert len({id(row.sequence) for row in plan.rows}) == len(plan.rows)
+        for row in plan.rows:
+            sequence = row.sequence
+            assert sequence.finish_reason is None
+            assert sequence.computed == row.start < row.stop <= sequence.total
+            waiting = sequence.forks if row.stop == sequence.total else ()
+            assert row.samplers == ((sequence, *waiting) if row.stop == sequence.total else ())
+
+    def _write(self, plan: Plan) -> None:
+        for row in plan.rows:
+            tokens = row.sequence.tokens(0, row.stop)
+            for position in range(row.start, row.stop):
+                block = row.sequence.blocks[position // self.limits.block_size]
+                assert self.pool.references(block) == 1, "others would see this write"
+                fingerprint = (row.sequence.request.salt, tuple(tokens[: position + 1]))
+                self.memory[block][position % self.limits.block_size] = fingerprint
+
+    def _check_context(self, row: Row) -> None:
+        sequence = row.sequence
+        self._check_memory(sequence.tokens(0, row.stop), sequence.request.salt, sequence.blocks)
+
+    def _check_memory(self, tokens: list[int], salt: Hashable, blocks: list[int] | tuple[int, ...]) -> None:
+        size = self.limits.block_size
+        found = [self.memory[blocks[p // size]][p % size] for p in range(len(tokens))]
+        assert found == [(salt, tuple(tokens[: p + 1])) for p in range(len(tokens))]
+
+
+def expected_end(limits: Limits, sequence: Sequence) -> str | None:
+    """Why an output ends here, or None, from what was asked alone."""
+    if sequence.output[-1] == STOP:
+        return "stop"
+    full = sequence.total >= limits.max_model_len
+    return "length" if full or len(sequence.output) == sequence.request.sampling.max_tokens else None
+
+
+def expected_output(limits: Limits, request: Request, index: int) -> list[int]:
+    """What a choice says when nobody aborts it."""
+    room = limits.max_model_len - len(request.prompt)
+    most = min(room, request.sampling.max_tokens or room)
+    output: list[int] = []
+    while len(output) < most and STOP not in output:
+        output.append(drawn(request, index, len(output)))
+    return output
