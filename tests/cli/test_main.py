@@ -27,7 +27,7 @@ def parameters() -> list[tuple[str, object]]:
 def test_help_needs_neither_torch_nor_the_server():
     script = (
         "import sys; from kvant.cli.main import app; app(standalone_mode=False);"
-        "print('loaded', *sorted({'torch', 'transformers', 'fastapi', 'rich', 'numpy'} & set(sys.modules)))"
+        "print('loaded', *sorted({'torch', 'transformers', 'fastapi', 'numpy'} & set(sys.modules)))"
     )
     for arguments in (["--help"], ["chat", "--help"], ["serve", "--help"], ["models", "--help"]):
         done = run(*arguments, script=script)
@@ -71,3 +71,9 @@ def test_an_unknown_model_and_an_unknown_verb():
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert run("dance").returncode == 2
+
+
+def test_the_help_tells_the_pipelines_own_limit(kvant):
+    from kvant.pipelines import DEFAULT_MAX_TOKENS
+
+    assert f"Default: {DEFAULT_MAX_TOKENS}." in " ".join(kvant("chat", "--help").stdout.split())

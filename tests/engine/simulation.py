@@ -123,7 +123,8 @@ class Simulation:
         assert references == [held[block] for block in range(self.limits.num_blocks)]
         assert self.pool.num_free == references.count(0)
         for sequence in self.sequences:
-            assert len(sequence.blocks) == -(-sequence.computed // self.limits.block_size)
+            needed, most = (-(-n // self.limits.block_size) for n in (sequence.computed, sequence.total))
+            assert needed <= len(sequence.blocks) <= most
             assert sequence.finish_reason is None or not sequence.blocks
 
     def check_known_prefixes(self) -> None:

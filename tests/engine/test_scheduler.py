@@ -12,7 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvant.engine.sequence import Request
 from tests.engine.simulation import STOP, Limits, Simulation, expected_output
 
-FEW = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 MANY = settings(FEW, max_examples=1500, stateful_step_count=80)
 
 

@@ -47,7 +47,8 @@ class Core:
         self.max_model_len = config.max_model_len or min(spec.max_position, self.memory.tokens)
         self.prefix_caching = config.enable_prefix_caching
         self._model = model
-        self._end_ids = frozenset((*model.eos_token_ids, *end_ids))
+        # Some configs name ids that the model has no logits for, as -1 for none.
+        self._end_ids = frozenset(range(spec.vocab_size)).intersection((*model.eos_token_ids, *end_ids))
         self._max_num_seqs = config.max_num_seqs
         self._seeds = random.Random(config.seed)
         self._pool = BlockPool(self.memory.num_blocks)

@@ -233,6 +233,7 @@ class Scheduler:
         if sequence.forks:
             heir, *others = sequence.forks
             heir.forks, sequence.forks = tuple(others), ()
+            heir.may_reuse = sequence.may_reuse
             self._waiting.appendleft(heir)
 
     def _remember_tail(self, sequence: Sequence) -> None:

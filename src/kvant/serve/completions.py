@@ -46,7 +46,7 @@ async def create_completion(body: CompletionRequest, request: Request, served: S
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as it was given, as the engine reads it, and as `echo` repeats it."""
+    """A prompt as the engine gets it, as it reads it, and as `echo` repeats it."""
 
     given: str | list[int]
     ids: list[int]
@@ -56,7 +56,11 @@ class EncodedPrompt:
 async def encoded(prompt: str | list[int], served: Served) -> EncodedPrompt:
     """A prompt from either of its forms."""
     ids = await served.encode(prompt)
-    return EncodedPrompt(prompt, ids, prompt if isinstance(prompt, str) else served.engine.tokenizer.decode(ids))
+    if not isinstance(prompt, str):
+        return EncodedPrompt(ids, ids, served.engine.tokenizer.decode(ids))
+    # The engine is given the text, because its continuation may begin with a space, which that of ids may not; but the
+    # ids of one that it will refuse, because it encodes on the event loop.
+    return EncodedPrompt(prompt if len(ids) < served.engine.max_model_len else ids, ids, prompt)
 
 
 class CompletionWriter:

@@ -1,0 +1,102 @@
+"""Driving a `Core` by hand, and keeping what its KV cache held for every token of every choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvant.cache.store import KVStore
+from kvant.config import EngineConfig, SamplingParams
+from kvant.engine.core import Core
+from kvant.engine.sequence import Request, Sequence, TokenEvent
+from kvant.weights.load import LoadedModel
+
+Ask = tuple[list[int], SamplingParams]
+
+
+def text(seed: int, length: int) -> list[int]:
+    """Random token ids that stand for bytes."""
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def core_of(model: LoadedModel, **config: object) -> Core:
+    """A core with room for everything, unless told otherwise."""
+    usual = {"kv_cache_dtype": "fp32", "max_model_len": 192, "block_size": 8, "num_kv_blocks": 400}
+    return Core(model, EngineConfig(**(usual | config)))
+
+
+@dataclass
+class Outcome:
+    """What came of some requests.
+
+    Attributes:
+        outputs: by request and choice.
+        kv: the cache's bytes of each choice, [tokens, bytes of all layers and planes].
+    """
+
+    requests: list[Request]
+    preemptions: int = 0
+    events: list[tuple[Request, TokenEvent]] = field(default_factory=list)
+    kv: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> list[list[list[int]]]:
+        return [[sequence.output for sequence in request.sequences] for request in self.requests]
+
+    def note_kv(self, store: KVStore) -> None:
+        """Take down the bytes of all running choices; what was there before must not have changed."""
+        for number, request in enumerate(self.requests):
+            for sequence in request.sequences:
+                if sequence.blocks:
+                    key, now = (number, sequence.index), kv_bytes(store, sequence)
+                    before = self.kv.get(key, now)
+                    common = min(len(before), len(now))
+                    assert torch.equal(before[:common], now[:common]), f"the KV of {key} has changed"
+                    self.kv[key] = max(before, now, key=len)
+
+
+def drive(core: Core, asks: List[Ask]) -> Outcome:
+    """Run requests that arrive together to their ends."""
+    before = core.stats().preemptions
+    outcome = Outcome([core.request(prompt, sampling, lambda *event: None) for prompt, sampling in asks])
+    for request in outcome.requests:
+        core.add(request)
+    while core.has_work():
+        outcome.events += core.step()
+        outcome.note_kv(core.store)
+    outcome.preemptions = core.stats().preemptions - before
+    assert core.stats().kv_blocks_used == core.stats().running == core.stats().waiting == 0
+    return outcome
+
+
+def drive_alone(model: LoadedModel, asks: List[Ask], **config: object) -> Outcome:
+    """Each request in an engine of its own that shares nothing."""
+    whole = Outcome([])
+    for number, ask in enumerate(asks):
+        outcome = drive(core_of(model, enable_prefix_caching=False, **config), [ask])
+        whole.requests += outcome.requests
+        whole.events += outcome.events
+        whole.kv |= {(number, index): kv for (_, index), kv in outcome.kv.items()}
+    return whole
+
+
+def kv_bytes(store: KVStore, sequence: Sequence) -> Tensor:
+    """What the store holds for the computed tokens of a running sequence: [tokens, bytes] uint8."""
+    blocks = torch.tensor(sequence.blocks)
+    planes = (plane for layer in store.layers for plane in layer.planes.values())
+    by_token = (plane[blocks].transpose(1, 2).flatten(0, 1)[: sequence.computed] for plane in planes)
+    return torch.cat([data.flatten(1).contiguous().view(torch.uint8) for data in by_token], dim=1)
+
+
+def assert_same(outcome: Outcome, expected: Outcome) -> None:
+    """The same tokens, for the same reasons, from the same cache bytes."""
+    assert outcome.outputs == expected.outputs
+    for request, twin in zip(outcome.requests, expected.requests, strict=True):
+        assert [s.finish_reason for s in request.sequences] == [s.finish_reason for s in twin.sequences]
+    assert outcome.kv.keys() == expected.kv.keys()
+    for key, kv in outcome.kv.items():
+        common = min(len(kv), len(expected.kv[key]))
+        assert torch.equal(kv[:common], expected.kv[key][:common]), f"the KV of {key} differs"

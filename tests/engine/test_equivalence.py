@@ -1,0 +1,170 @@
+"""The same requests, the same tokens and the same cache bytes, however they are run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvant.config import SamplingParams
+from kvant.kernels.reference import ReferenceOps
+from kvant.weights.load import load_model
+from tests.engine.checkpoint import write_checkpoint
+from tests.engine.drive import Ask, assert_same, core_of, drive, drive_alone, text
+from tests.support import model_logits_generate
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+SHARED = text(1, 60)
+FORMATS = ("fp32", "fp16", "int8", "int4")
+WAYS: dict[str, dict[str, Any]] = {
+    "batched": {},
+    "budget-3": {"max_num_batched_tokens": 3},
+    "budget-7": {"max_num_batched_tokens": 7, "enable_prefix_caching": False},
+    "budget-64": {"max_num_batched_tokens": 64, "block_size": 32},
+    "tiny-pool": {"num_kv_blocks": 24, "max_num_batched_tokens": 33},
+    "tiny-pool-nothing-shared": {"num_kv_blocks": 24, "enable_prefix_caching": False},
+    "two-at-a-time": {"max_num_seqs": 4, "num_kv_blocks": 24},
+}
+
+
+def sampled(seed: int, **changes: Any) -> SamplingParams:
+    return SamplingParams(**({"temperature": 1.3, "top_p": 0.95, "max_tokens": 12, "seed": seed} | changes))
+
+
+def requests() -> list[Ask]:
+    """Prompts that share beginnings, one that spans the reference's tiles, greedy and sampled, one and more choices."""
+    return [
+        (text(0, 1), GREEDY),
+        (SHARED, sampled(3, n=3)),
+        (SHARED[:37] + text(2, 9), GREEDY),
+        (SHARED, sampled(4)),
+        (text(5, 140), sampled(5, max_tokens=20, top_k=40)),
+        (SHARED[:16], sampled(6, min_p=0.02, n=2)),
+        (text(7, 33), SamplingParams(temperature=0, max_tokens=12, repetition_penalty=1.4, min_tokens=5)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model):
+    """What each request gives in an engine of its own, by KV format; computed when first asked for."""
+    known = {}
+
+    def outcome(kv_cache_dtype):
+        if kv_cache_dtype not in known:
+            known[kv_cache_dtype] = drive_alone(tiny_model, requests(), kv_cache_dtype=kv_cache_dtype)
+        return known[kv_cache_dtype]
+
+    return outcome
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kv_cache_dtype", FORMATS)
+def test_company_chunks_and_preemption_change_nothing(tiny_model, alone, kv_cache_dtype, way):
+    outcome = drive(core_of(tiny_model, kv_cache_dtype=kv_cache_dtype, **WAYS[way]), requests())
+    assert_same(outcome, alone(kv_cache_dtype))
+    if way.startswith("tiny-pool"):
+        assert outcome.preemptions > 0
+
+
+def test_token_by_token_is_the_same_too(tiny_model, alone):
+    assert_same(drive(core_of(tiny_model, kv_cache_dtype="int4", max_num_batched_tokens=1), requests()), alone("int4"))
+
+
+@pytest.mark.parametrize("budget", range(2, 65, 5))
+def test_every_chunk_size_gives_the_same_bytes(tiny_model, budget):
+    asks = [(text(8, 70), GREEDY), (text(9, 45), sampled(1))]
+    outcome = drive(core_of(tiny_model, kv_cache_dtype="int8", max_num_batched_tokens=budget), asks)
+    assert_same(outcome, drive_alone(tiny_model, asks, kv_cache_dtype="int8"))
+
+
+def test_arrival_in_the_midst_of_others_changes_nothing(tiny_model, alone):
+    core = core_of(tiny_model, kv_cache_dtype="int4", num_kv_blocks=30, max_num_batched_tokens=16)
+    taken = [core.request(prompt, sampling, lambda *event: None) for prompt, sampling in requests()]
+    steps = 0
+    while core.has_work() or steps // 5 < len(taken):
+        if steps % 5 == 0 and steps // 5 < len(taken):
+            core.add(taken[steps // 5])
+        core.step()
+        steps += 1
+    assert [[s.output for s in request.sequences] for request in taken] == alone("int4").outputs
+
+
+def test_what_was_cached_before_changes_nothing(tiny_model, alone):
+    core = core_of(tiny_model, kv_cache_dtype="int4")
+    for _ in range(2):
+        outcome = drive(core, requests())
+        assert_same(outcome, alone("int4"))
+    for request in outcome.requests:
+        assert request.cached_tokens == len(request.prompt) - 1
+
+
+def test_aborted_neighbours_change_nothing(tiny_model, alone):
+    core = core_of(tiny_model, kv_cache_dtype="int4", num_kv_blocks=30)
+    taken = [core.request(prompt, sampling, lambda *event: None) for prompt, sampling in requests()]
+    for request in taken:
+        core.add(request)
+    for _ in range(4):
+        core.step()
+    core.abort(taken[3])
+    core.abort(taken[1], 0)
+    while core.has_work():
+        core.step()
+    for request, expected in zip(taken, alone("int4").outputs, strict=True):
+        for sequence, whole in zip(request.sequences, expected, strict=True):
+            aborted = sequence.finish_reason == "abort"
+            assert aborted == (request is taken[3] or (request is taken[1] and sequence.index == 0))
+            assert sequence.output == (whole[: len(sequence.output)] if aborted else whole)
+
+
+def test_choices_differ_from_each_other_and_are_the_same_in_smaller_company(tiny_model):
+    few, many = (drive(core_of(tiny_model), [(SHARED, sampled(3, n=n))]) for n in (2, 5))
+    assert many.outputs[0][:2] == few.outputs[0]
+    assert len({tuple(output) for output in many.outputs[0]}) == 5
+
+
+def test_greedy_is_what_decoding_by_hand_gives(tiny_model, tiny_path):
+    asks = [(text(seed, length), GREEDY) for seed, length in ((10, 3), (11, 50), (12, 150))]
+    outcome = drive(core_of(tiny_model, max_num_batched_tokens=20), asks)
+    for (prompt, _), [output] in zip(asks, outcome.outputs, strict=True):
+        assert output == model_logits_generate(tiny_path, prompt, 12)[0][: len(output)]
+        assert len(output) == 12 or output[-1] in tiny_model.eos_token_ids
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bfloat16": ("bfloat16", {}),
+    "float16": ("float16", {}),
+    "window": ("float32", {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 19}),
+    # Within its 32 tokens a prefix has the same KV in any prompt, beyond them only in prompts of the same length.
+    "dynamic-rope": (
+        "float32",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}}
+        | {"max_position_embeddings": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_models_keep_the_promise(tmp_path, variant):
+    dtype, changes = VARIANTS[variant]
+    model = load_model(write_checkpoint(tmp_path, **changes), dtype=dtype, ops=ReferenceOps())
+    core = core_of(model, kv_cache_dtype="int4", num_kv_blocks=24, max_num_batched_tokens=16)
+    asks = requests()
+    expected = drive_alone(model, asks, kv_cache_dtype="int4")
+    outcome = drive(core, asks)
+    assert_same(outcome, expected)
+    assert outcome.preemptions > 0
+    assert_same(drive(core, asks[::-1]), drive_alone(model, asks[::-1], kv_cache_dtype="int4"))
+
+
+def test_prefixes_are_not_shared_where_the_prompts_length_changes_their_kv(tmp_path):
+    _, changes = VARIANTS["dynamic-rope"]
+    model = load_model(write_checkpoint(tmp_path, **changes), dtype="float32", ops=ReferenceOps())
+    core = core_of(model)
+    prompt = text(1, 60)
+    kv = [drive(core, [(prompt[:length], GREEDY)]).kv[0, 0] for length in (60, 50, 30)]
+    assert not torch.equal(kv[0][:30], kv[1][:30])
+    cached = [drive(core, [(prompt[:n], GREEDY)]).requests[0].cached_tokens for n in (60, 50, 40, 30, 20)]
+    assert cached == [59, 49, 0, 29, 19]

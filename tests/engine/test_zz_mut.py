@@ -1,0 +1,112 @@
+"""The scheduler and the cache under random arrivals, aborts, forks and pools that are far too small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvant.engine.sequence import Request
+from tests.engine.simulation import STOP, Limits, Simulation, expected_output
+
+FEW = settings(
+    max_examples=60, phases=[__import__("hypothesis").Phase.generate],
+    stateful_step_count=40,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+MANY = settings(FEW, max_examples=1500, stateful_step_count=80)
+
+
+@st.composite
+def limits(draw: st.DrawFn) -> Limits:
+    """Pools from exactly one sequence of full length upwards."""
+    block_size = draw(st.sampled_from((8, 16)))
+    max_model_len = draw(st.integers(2, 40))
+    spare = draw(st.sampled_from((0, 0, 0, 1, 2, 5)))
+    return Limits(
+        block_size=block_size,
+        num_blocks=-(-max_model_len // block_size) + spare,
+        max_model_len=max_model_len,
+        max_num_seqs=draw(st.integers(1, 5)),
+        budget=draw(st.sampled_from((1, 2, 5, 8, 16, 33, 64))),
+        caching=draw(st.sampled_from((True, True, True, False))),
+    )
+
+
+class Traffic(RuleBasedStateMachine):
+    """Whatever may come, in whatever order."""
+
+    simulation: Simulation
+
+    @initialize(limits=limits())
+    def start(self, limits: Limits) -> None:
+        self.simulation = Simulation(limits)
+        self.aborted: set[tuple[Request, int]] = set()
+
+    @rule(data=st.data(), n=st.integers(1, 4), max_tokens=st.none() | st.integers(1, 20))
+    def arrive(self, data: st.DataObject, n: int, max_tokens: int | None) -> None:
+        self.simulation.submit(
+            self._prompt(data),
+            n=min(n, self.simulation.limits.max_num_seqs),
+            max_tokens=max_tokens,
+            salt=data.draw(st.sampled_from((None, None, None, "salt"))),
+            may_reuse=data.draw(st.sampled_from((True, True, True, False))),
+        )
+
+    def _prompt(self, data: st.DataObject) -> list[int]:
+        """Often the beginning of a text that was there before, with a few tokens more."""
+        texts = [sequence.tokens(0, sequence.total) for sequence in self.simulation.sequences]
+        text = data.draw(st.sampled_from([[0] * 40, *texts]))
+        start = text[: data.draw(st.integers(0, len(text)))]
+        prompt = start + data.draw(st.lists(st.sampled_from((0, 1)), min_size=not start, max_size=12))
+        return prompt[: self.simulation.limits.max_model_len - 1]
+
+    @rule(steps=st.integers(1, 8))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            if self.simulation.scheduler.has_work():
+                self.simulation.step()
+                self.simulation.check_holders()
+
+    @precondition(lambda self: self.simulation.requests)
+    @rule(data=st.data(), whole=st.booleans())
+    def abort(self, data: st.DataObject, whole: bool) -> None:
+        request = data.draw(st.sampled_from(self.simulation.requests))
+        index = None if whole else data.draw(st.integers(0, request.sampling.n - 1))
+        chosen = [s for s in request.sequences if index in (None, s.index) and s.finish_reason is None]
+        self.aborted |= {(request, sequence.index) for sequence in chosen}
+        self.simulation.abort(request, index)
+
+    @invariant()
+    def nothing_leaks(self) -> None:
+        self.simulation.check_holders()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "simulation"):
+            return
+        simulation = self.simulation
+        simulation.finish()
+        simulation.check_known_prefixes()
+        assert simulation.scheduler.blocks_used == simulation.scheduler.num_running == 0
+        for request in simulation.requests:
+            for sequence in request.sequences:
+                whole = expected_output(simulation.limits, request, sequence.index)
+                aborted = (request, sequence.index) in self.aborted
+                assert sequence.output == (whole[: len(sequence.output)] if aborted else whole)
+                assert (sequence.finish_reason == "abort") == aborted
+        if simulation.tree is not None:
+            simulation.tree.clear()
+        assert simulation.pool.num_free == simulation.limits.num_blocks
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = FEW
+
+
+@pytest.mark.slow
+class TestMuchTraffic(Traffic.TestCase):  # type: ignore[name-defined, misc]
+    settings = MANY
