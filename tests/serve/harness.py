@@ -70,7 +70,9 @@ class FakeEngine:
             raise RequestError(f"the prompt has {len(ids)} tokens; it must have 1 to {MAX_MODEL_LEN - 1}")
         return ids
 
-    async def generate(self, prompt: Any, sampling: SamplingParams) -> AsyncIterator[Delta]:
+    async def generate(
+        self, prompt: Any, sampling: SamplingParams, *, continues: bool | None = None
+    ) -> AsyncIterator[Delta]:
         if any(token > 255 for token in sampling.stop_token_ids):
             raise RequestError("stop_token_ids: unknown token")
         self.seen.append((prompt, sampling))

@@ -50,6 +50,7 @@ class PrefixTree:
     def match(self, tokens: Sequence[int], salt: Hashable = None) -> Match:
         """The longest prefix of `tokens` in the tree. The caller shares the blocks it wants to keep."""
         node: _Node | None = self._roots.get(salt)
+        deepest = node
         blocks: list[int] = []
         length = 0
         while node is not None and length < len(tokens):
@@ -59,8 +60,9 @@ class PrefixTree:
                 break
             blocks.append(child.block)
             length += common
-            self._touch(child)
+            deepest = child
             node = child if common == self._block_size else None
+        self._touch(deepest)
         return Match(tuple(blocks), length)
 
     def insert(self, tokens: Sequence[int], blocks: Sequence[int], salt: Hashable = None) -> list[int]:

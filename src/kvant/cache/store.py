@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from kvant.config import EngineConfig
 from kvant.errors import MemoryFitError
@@ -61,7 +63,7 @@ class KVStore:
 
     @classmethod
     def allocate(cls, shape: KVShape, fmt: KVFormat, num_blocks: int, block_size: int) -> KVStore:
-        """A zeroed pool. On Linux its pages become resident when they are first written.
+        """A zeroed pool, whose pages become resident when they are first written.
 
         Raises:
             MemoryFitError: the system refuses the memory.
@@ -69,13 +71,11 @@ class KVStore:
         lead = (num_blocks, shape.num_kv_heads, block_size)
 
         def planes() -> Planes:
-            return {
-                plane.name: torch.zeros(*lead, *plane.shape, dtype=plane.dtype) for plane in fmt.planes(shape.head_dim)
-            }
+            return {p.name: _lazy_zeros((*lead, *p.shape), p.dtype) for p in fmt.planes(shape.head_dim)}
 
         try:
             return cls([KVLayer(fmt, block_size, planes()) for _ in range(shape.num_layers)])
-        except RuntimeError as error:
+        except MemoryError as error:
             size = MemoryReport(shape, fmt, num_blocks, block_size).pool_bytes
             raise MemoryFitError(
                 f"the system refused {_mib(size)} for the KV cache; lower kv_cache_memory, or use kv_cache_dtype='int4'"
@@ -136,6 +136,12 @@ def _check_fit(config: EngineConfig, report: MemoryReport, free: int) -> None:
             f"max_model_len={config.max_model_len} needs {_mib(config.max_model_len * report.bytes_per_token)} of KV "
             f"cache, {_mib(report.pool_bytes)} hold {report.tokens:,} tokens; {remedy}"
         )
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that the system hands out page by page: torch.zeros would write, and so take, the whole pool at once."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _mib(size: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,16 @@ class AsyncEngine:
         """The token ids of a prompt; raises RequestError where it is none."""
         return self._served.encode(prompt, **template_kwargs)
 
-    async def generate(self, prompt: Prompt, sampling: SamplingParams | None = None) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, continues: bool | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """Deltas of one request as they come. Closing the generator, or cancelling its task, aborts the request.
+
+        Args:
+            prompt: a text, chat messages or token ids.
+            sampling: None takes the checkpoint's recommendation.
+            continues: the answer goes on from the prompt's text, so that a leading space belongs to it; None means
+                so for a text.
 
         Raises:
             RequestError: before the first delta, for a prompt that cannot be served.
@@ -72,13 +81,14 @@ class AsyncEngine:
         events: _Events = asyncio.Queue()
 
         def sink(_: Request, event: TokenEvent | Failure) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         engine = self._served.engine
         ids = self._served.encode(prompt)
         request = engine.submit(ids, sampling or self.default_sampling, sink)
-        builder = DeltaBuilder(request, self.tokenizer, continues=isinstance(prompt, str))
+        goes_on = isinstance(prompt, str) if continues is None else continues
+        builder = DeltaBuilder(request, self.tokenizer, goes_on)
         try:
             while not builder.finished:
                 event = await events.get()

@@ -127,22 +127,25 @@ class Scheduler:
                 continue
             self._waiting.popleft()
             self._running.append(sequence)
-            sequence.request.scheduled = sequence.request.scheduled or time.monotonic()
+            self._note_first_time(sequence)
             rows[sequence] = _row(sequence, min(sequence.remaining, self._budget - _tokens(rows)))
+
+    def _note_first_time(self, sequence: Sequence) -> None:
+        """What the cache saved is what a request found at its start, not its own work found again after preemption."""
+        request = sequence.request
+        if request.scheduled is None:
+            request.scheduled, request.cached_tokens = time.monotonic(), sequence.computed
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
         """Take what the tree knows of the sequence's tokens; the last token is always computed, for its logits."""
-        request = sequence.request
         if self._tree is None or not sequence.may_reuse:
             return
-        match = self._tree.match(sequence.tokens(0, sequence.total - 1), request.salt)
+        match = self._tree.match(sequence.tokens(0, sequence.total - 1), sequence.request.salt)
         for block in match.blocks:
             self._pool.share(block)
         sequence.blocks = list(match.blocks)
         sequence.computed = match.length
         sequence.cached_blocks = match.length // self._block_size
-        if not sequence.output:
-            request.cached_tokens = match.length
 
     def _reserve(self, sequence: Sequence, upto: int, copies: list[tuple[int, int]]) -> bool:
         """Blocks for the tokens [computed, upto), all or none. A shared block is copied before it is written."""

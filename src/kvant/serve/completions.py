@@ -37,7 +37,7 @@ async def create_completion(body: CompletionRequest, request: Request, served: S
     writer = CompletionWriter(
         Head.new("cmpl", body.model or served.names[0]), body, sampling.n, prompts, served.engine.tokenizer
     )
-    deltas = interleave([served.engine.generate(prompt.given, sampling) for prompt in prompts], sampling.n)
+    deltas = interleave([served.engine.generate(prompt.ids, sampling, continues=True) for prompt in prompts], sampling.n)
     if not body.stream:
         return json_response(writer.whole(await unless_disconnected(request, collect(deltas))))
     closing = writer.usage_chunk if body.include_usage else None
@@ -46,9 +46,8 @@ async def create_completion(body: CompletionRequest, request: Request, served: S
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the engine gets it, as it reads it, and as `echo` repeats it."""
+    """A prompt as the engine reads it, and as `echo` repeats it."""
 
-    given: str | list[int]
     ids: list[int]
     text: str
 
@@ -56,11 +55,7 @@ class EncodedPrompt:
 async def encoded(prompt: str | list[int], served: Served) -> EncodedPrompt:
     """A prompt from either of its forms."""
     ids = await served.encode(prompt)
-    if not isinstance(prompt, str):
-        return EncodedPrompt(ids, ids, served.engine.tokenizer.decode(ids))
-    # The engine is given the text, because its continuation may begin with a space, which that of ids may not; but the
-    # ids of one that it will refuse, because it encodes on the event loop.
-    return EncodedPrompt(prompt if len(ids) < served.engine.max_model_len else ids, ids, prompt)
+    return EncodedPrompt(ids, prompt if isinstance(prompt, str) else served.engine.tokenizer.decode(ids))
 
 
 class CompletionWriter:
