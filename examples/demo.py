@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvant import EngineConfig, SamplingParams, pipeline
-from kvant.pipelines import MemoryReport, Pipeline
+from kvant.cache.store import MemoryReport
+from kvant.pipelines import Pipeline
 
 KV_MEMORY = "64MiB"
 PROMPT = "Explain in three sentences why the sky is blue."
@@ -24,7 +25,7 @@ def capacity(memory: MemoryReport) -> Table:
     baseline = memory.tokens_in("fp16")
     for name in ("fp16", "int8", "int4"):
         tokens = memory.tokens_in(name)
-        table.add_row(name, f"{tokens:,}", f"{tokens / baseline:.2f}x", style="bold" if name == memory.format else None)
+        table.add_row(name, f"{tokens:,}", f"{tokens / baseline:.2f}x", style="bold" if name == memory.format.name else None)
     return table
 
 

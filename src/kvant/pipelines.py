@@ -13,17 +13,14 @@ from typing import Any, overload
 
 from tqdm.auto import tqdm
 
-from kvant.cache.store import MemoryReport
 from kvant.config import EngineConfig, SamplingParams
-from kvant.engine.build import ServedModel, serve_model
-from kvant.engine.core import EngineStats
+from kvant.engine.build import Front, serve_model
 from kvant.engine.deltas import DeltaBuilder
 from kvant.engine.inputs import Prompt, is_single_prompt
 from kvant.engine.outputs import Delta, Response
 from kvant.engine.sequence import Failure, Request, TokenEvent
 from kvant.errors import ConfigError, EngineDeadError, RequestError
 from kvant.text.chat import render_chat
-from kvant.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 512
 
@@ -49,35 +46,12 @@ def pipeline(
     return Pipeline(serve_model(model, config))
 
 
-class Pipeline:
+class Pipeline(Front):
     """A loaded model. Use it in a `with` statement, or `close()` it.
 
     A prompt is a text (continued as it stands), a list of chat messages (through the model's chat template) or a list
     of token ids. Without `sampling`, the model's recommended settings apply, with at most 512 output tokens.
     """
-
-    def __init__(self, served: ServedModel) -> None:
-        self._served = served
-
-    @property
-    def model_name(self) -> str:
-        """The model as it was named."""
-        return self._served.name
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        return self._served.tokenizer
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt and output together, in tokens."""
-        return self._served.max_model_len
-
-    @property
-    def memory(self) -> MemoryReport:
-        """What the KV cache holds."""
-        return self._served.memory
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -127,14 +101,6 @@ class Pipeline:
         if not self._served.engine.core.prefix_caching:
             raise ConfigError("sessions keep their history in the prefix cache; set enable_prefix_caching=True")
         return Session(self, system, sampling or self.default_sampling)
-
-    def stats(self) -> EngineStats:
-        """The engine as it was after its last step."""
-        return self._served.engine.stats()
-
-    def close(self) -> None:
-        """Stop the engine and let its memory go."""
-        self._served.engine.close()
 
     def __enter__(self) -> Pipeline:
         return self

@@ -13,7 +13,7 @@ from kvant.engine.sequence import Request
 from tests.engine.simulation import STOP, Limits, Simulation, expected_output
 
 FEW = settings(
-    max_examples=60,
+    max_examples=150,
     stateful_step_count=40,
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -25,14 +25,14 @@ MANY = settings(FEW, max_examples=1500, stateful_step_count=80)
 def limits(draw: st.DrawFn) -> Limits:
     """Pools from exactly one sequence of full length upwards."""
     block_size = draw(st.sampled_from((8, 16)))
-    max_model_len = draw(st.integers(2, 40))
-    spare = draw(st.sampled_from((0, 0, 0, 1, 2, 5)))
+    max_model_len = draw(st.sampled_from((2, 9, 16, 17, 23, 24, 33, 40)))
+    spare = draw(st.sampled_from((0, 0, 1, 2, 4, 8)))
     return Limits(
         block_size=block_size,
         num_blocks=-(-max_model_len // block_size) + spare,
         max_model_len=max_model_len,
-        max_num_seqs=draw(st.integers(1, 5)),
-        budget=draw(st.sampled_from((1, 2, 5, 8, 16, 33, 64))),
+        max_num_seqs=draw(st.sampled_from((1, 2, 3, 5, 8))),
+        budget=draw(st.sampled_from((1, 3, 8, 16, 33, 64, 100))),
         caching=draw(st.sampled_from((True, True, True, False))),
     )
 
@@ -47,21 +47,23 @@ class Traffic(RuleBasedStateMachine):
         self.simulation = Simulation(limits)
         self.aborted: set[tuple[Request, int]] = set()
 
-    @rule(data=st.data(), n=st.integers(1, 4), max_tokens=st.none() | st.integers(1, 20))
-    def arrive(self, data: st.DataObject, n: int, max_tokens: int | None) -> None:
-        self.simulation.submit(
-            self._prompt(data),
-            n=min(n, self.simulation.limits.max_num_seqs),
-            max_tokens=max_tokens,
-            salt=data.draw(st.sampled_from((None, None, None, "salt"))),
-            may_reuse=data.draw(st.sampled_from((True, True, True, False))),
-        )
+    @rule(data=st.data(), n=st.integers(1, 4), max_tokens=st.none() | st.integers(1, 20), twice=st.booleans())
+    def arrive(self, data: st.DataObject, n: int, max_tokens: int | None, twice: bool) -> None:
+        prompt = self._prompt(data)
+        for _ in range(1 + twice):
+            self.simulation.submit(
+                prompt,
+                n=min(n, self.simulation.limits.max_num_seqs),
+                max_tokens=max_tokens,
+                salt=data.draw(st.sampled_from((None, None, None, "salt"))),
+                may_reuse=data.draw(st.sampled_from((True, True, True, False))),
+            )
 
     def _prompt(self, data: st.DataObject) -> list[int]:
         """Often the beginning of a text that was there before, with a few tokens more."""
         texts = [sequence.tokens(0, sequence.total) for sequence in self.simulation.sequences]
         text = data.draw(st.sampled_from([[0] * 40, *texts]))
-        start = text[: data.draw(st.integers(0, len(text)))]
+        start = text[: data.draw(st.sampled_from((0, 3, 8, 9, 16, 20, len(text))))]
         prompt = start + data.draw(st.lists(st.sampled_from((0, 1)), min_size=not start, max_size=12))
         return prompt[: self.simulation.limits.max_model_len - 1]
 

@@ -8,50 +8,24 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from kvant.cache.store import MemoryReport
 from kvant.config import EngineConfig, SamplingParams
-from kvant.engine.build import ServedModel, serve_model
-from kvant.engine.core import EngineStats
+from kvant.engine.build import Front, serve_model
 from kvant.engine.deltas import DeltaBuilder
 from kvant.engine.inputs import Prompt
 from kvant.engine.outputs import Delta
 from kvant.engine.sequence import Failure, Request, TokenEvent
 from kvant.errors import EngineDeadError
-from kvant.text.tokenizer import Tokenizer
 
 _Events = asyncio.Queue["TokenEvent | Failure"]
 
 
-class AsyncEngine:
+class AsyncEngine(Front):
     """A model served to coroutines. Use one from a single event loop at a time, and `close()` it."""
-
-    def __init__(self, served: ServedModel) -> None:
-        self._served = served
 
     @classmethod
     def from_pretrained(cls, model: str | Path | None = None, config: EngineConfig | None = None) -> AsyncEngine:
         """Load a model and start its engine; blocks until it is ready."""
         return cls(serve_model(model, config or EngineConfig()))
-
-    @property
-    def model_name(self) -> str:
-        """The model as it was named."""
-        return self._served.name
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        return self._served.tokenizer
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt and output together, in tokens."""
-        return self._served.max_model_len
-
-    @property
-    def memory(self) -> MemoryReport:
-        """What the KV cache holds."""
-        return self._served.memory
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -101,11 +75,3 @@ class AsyncEngine:
                     yield delta
         finally:
             engine.abort(request)
-
-    def stats(self) -> EngineStats:
-        """The engine as it was after its last step."""
-        return self._served.engine.stats()
-
-    def close(self) -> None:
-        """Stop the engine; running requests fail with EngineDeadError."""
-        self._served.engine.close()

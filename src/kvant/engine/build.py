@@ -11,7 +11,7 @@ import torch
 
 from kvant.cache.store import MemoryReport
 from kvant.config import EngineConfig, SamplingParams
-from kvant.engine.core import Core
+from kvant.engine.core import Core, EngineStats
 from kvant.engine.engine import Engine
 from kvant.engine.inputs import Prompt, encode_prompt
 from kvant.kernels.select import select_ops
@@ -37,16 +37,6 @@ class ServedModel:
     tokenizer: Tokenizer
     default_sampling: SamplingParams
 
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt and output together, in tokens."""
-        return self.engine.core.max_model_len
-
-    @property
-    def memory(self) -> MemoryReport:
-        """What the KV cache holds."""
-        return self.engine.core.memory
-
     def encode(self, prompt: Prompt, **template_kwargs: Any) -> list[int]:
         """The token ids of a prompt.
 
@@ -54,6 +44,41 @@ class ServedModel:
             RequestError: it is no prompt, or the template refuses it.
         """
         return encode_prompt(self.tokenizer, prompt, **template_kwargs)
+
+
+class Front:
+    """What every front door shows of the model behind it."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self._served = served
+
+    @property
+    def model_name(self) -> str:
+        """The model as it was named."""
+        return self._served.name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._served.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and output together, in tokens."""
+        return self._served.engine.core.max_model_len
+
+    @property
+    def memory(self) -> MemoryReport:
+        """What the KV cache holds."""
+        return self._served.engine.core.memory
+
+    def stats(self) -> EngineStats:
+        """The engine as it was after its last step."""
+        return self._served.engine.stats()
+
+    def close(self) -> None:
+        """Stop the engine; requests that still run fail with EngineDeadError."""
+        self._served.engine.close()
 
 
 def serve_model(model: str | Path | None, config: EngineConfig) -> ServedModel:

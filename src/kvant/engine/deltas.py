@@ -85,8 +85,6 @@ class DeltaBuilder:
         del choice.token_ids[keep:], choice.logprobs[keep:]
 
     def _delta(self, index: int, choice: _ChoiceState, text: str) -> Delta | None:
-        if not text and choice.finish_reason is None and self._request.sampling.logprobs is None:
-            return None
         # Tokens whose text is held back wait with it, so that none is told which a stop string then cuts off.
         upto = len(choice.token_ids) if choice.finish_reason is not None else choice.stream.token_count
         tokens, logprobs = choice.token_ids[choice.reported : upto], choice.logprobs[choice.reported : upto]

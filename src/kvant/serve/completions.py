@@ -37,7 +37,9 @@ async def create_completion(body: CompletionRequest, request: Request, served: S
     writer = CompletionWriter(
         Head.new("cmpl", body.model or served.names[0]), body, sampling.n, prompts, served.engine.tokenizer
     )
-    deltas = interleave([served.engine.generate(prompt.ids, sampling, continues=True) for prompt in prompts], sampling.n)
+    deltas = interleave(
+        [served.engine.generate(prompt.ids, sampling, continues=True) for prompt in prompts], sampling.n
+    )
     if not body.stream:
         return json_response(writer.whole(await unless_disconnected(request, collect(deltas))))
     closing = writer.usage_chunk if body.include_usage else None

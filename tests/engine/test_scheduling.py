@@ -1,0 +1,142 @@
+"""The scheduler's promises one by one, in situations made to measure."""
+
+from __future__ import annotations
+
+from kvant.engine.sequence import Plan, Request
+from tests.engine.simulation import Limits, Simulation
+
+ROOMY = Limits(block_size=8, num_blocks=64, max_model_len=64, max_num_seqs=8, budget=64, caching=True)
+
+
+def simulation(**changes: int | bool) -> Simulation:
+    return Simulation(Limits(**{**vars(ROOMY), **changes}))
+
+
+def shares(plan: Plan) -> list[tuple[Request, int, int]]:
+    """Who computes what in a step."""
+    return [(row.sequence.request, row.start, row.stop) for row in plan.rows]
+
+
+def test_a_long_prompt_is_split_and_decodes_go_on_beside_it():
+    sim = simulation(budget=10)
+    short = sim.submit([1, 2, 3], max_tokens=9)
+    assert shares(sim.step()) == [(short, 0, 3)]
+    long = sim.submit([4] * 25)
+    assert shares(sim.step()) == [(short, 3, 4), (long, 0, 9)]
+    assert shares(sim.step()) == [(short, 4, 5), (long, 9, 18)]
+
+
+def test_prompts_come_in_order_of_arrival():
+    sim = simulation(budget=16, max_num_seqs=3)
+    requests = [sim.submit([i] * 10, max_tokens=5) for i in range(4)]
+    assert shares(sim.step()) == [(requests[0], 0, 10), (requests[1], 0, 6)]
+    assert shares(sim.step()) == [(requests[0], 10, 11), (requests[1], 6, 10), (requests[2], 0, 10)]
+    assert (sim.scheduler.num_running, sim.scheduler.num_waiting) == (3, 1)
+
+
+def test_choices_wait_for_their_prompt_and_count_from_the_start():
+    sim = simulation(budget=4, max_num_seqs=4)
+    request = sim.submit([7] * 7, n=3, max_tokens=3)
+    other = sim.submit([8], n=2)
+    assert (sim.scheduler.num_running, sim.scheduler.num_waiting) == (0, 5)
+    assert sim.step().rows[0].samplers == ()
+    assert (sim.scheduler.num_running, sim.scheduler.num_waiting) == (3, 2)
+    assert sim.step().rows[0].samplers == request.sequences
+    assert all(sequence.blocks == request.sequences[0].blocks for sequence in request.sequences)
+    assert len(sim.step().copies) == 2, "the last to write into the shared block needs no copy"
+    assert other.scheduled is None
+
+
+def test_the_latest_arrival_makes_room_and_goes_on_later_with_the_output_it_had():
+    sim = simulation(num_blocks=8, caching=False)
+    first, second = sim.submit([0] * 30, max_tokens=30), sim.submit([1] * 30, max_tokens=30)
+    first.stop_ids = second.stop_ids = frozenset()
+    while not sim.scheduler.preemptions:
+        sim.step()
+    assert (len(first.sequences[0].blocks), second.sequences[0].blocks) == (5, [])
+    output = list(second.sequences[0].output)
+    while first.sequences[0].finish_reason is None:
+        assert shares(sim.step())[0][0] is first
+    assert second.sequences[0].output == output
+    assert shares(sim.step()) == [(second, 0, 30 + len(output))]
+    assert sim.scheduler.preemptions == 1
+
+
+def test_a_finished_text_serves_a_longer_one_to_its_last_computed_token():
+    sim = simulation()
+    first = sim.submit([1, 2, 3] * 5, max_tokens=1)
+    sim.finish()
+    second = sim.submit([*first.prompt, *first.sequences[0].output, 4, 5])
+    plan = sim.step()
+    assert shares(plan) == [(second, 15, 18)]
+    assert len(plan.copies) == 1, "the last block is partly filled: it is copied before it is written"
+    assert (first.cached_tokens, second.cached_tokens) == (0, 15)
+
+
+def test_the_whole_of_a_known_prompt_is_never_reused():
+    sim = simulation()
+    sim.submit([1] * 16, max_tokens=1)
+    sim.finish()
+    again = sim.submit([1] * 16, max_tokens=1)
+    assert shares(sim.step()) == [(again, 15, 16)]
+
+
+def test_what_a_request_finds_of_its_own_after_preemption_is_not_called_cached():
+    sim = simulation(num_blocks=8, budget=8)
+    first = sim.submit([0] * 22, max_tokens=40)
+    first.stop_ids = frozenset()
+    second = sim.submit([1] * 39)
+    while not sim.scheduler.preemptions:
+        sim.step()
+        assert second.cached_tokens == 0
+    resumed = 0
+    while sim.scheduler.has_work():
+        plan = sim.step()
+        resumed = max([resumed, *(row.start for row in plan.rows if row.sequence.request is second)])
+    assert resumed > 0
+    assert second.cached_tokens == 0
+
+
+def test_blocks_that_were_found_but_are_in_the_way_do_not_count_as_cached():
+    """The pool holds one sequence only, and copying its partly known last block would take one more."""
+    sim = simulation(num_blocks=2, max_model_len=16)
+    sim.submit([1] * 12, max_tokens=1)
+    sim.finish()
+    again = sim.submit([1] * 12 + [2])
+    plan = sim.step()
+    assert again.cached_tokens == plan.rows[0].start
+
+
+def test_a_choice_alone_with_a_block_that_the_tree_shares_starts_over():
+    """The choice that ended left its last block to the tree, and a pool of one sequence has no block for a copy."""
+    for prompt_length in range(9, 16):
+        sim = simulation(num_blocks=2, max_model_len=16, budget=64)
+        request = sim.submit([0] * prompt_length, n=2, max_tokens=6)
+        sim.step()
+        if request.sequences[0].finish_reason is None:
+            request.sequences[0].request.stop_ids = frozenset({0, 1, 9})
+            sim.step()
+        sim.finish()
+    assert sim.scheduler.blocks_used == 0
+
+
+def test_an_aborted_leader_leaves_its_prompt_to_the_next_choice():
+    sim = simulation(budget=4)
+    request = sim.submit([3] * 9, n=3, max_tokens=2)
+    sim.step()
+    sim.abort(request, 0)
+    sim.check_holders()
+    assert (sim.scheduler.num_running, sim.scheduler.num_waiting) == (0, 2)
+    sim.abort(request, 2)
+    sim.finish()
+    assert [len(sequence.output) for sequence in request.sequences] == [0, 2, 0]
+    assert request.sequences[0].forks == request.sequences[1].forks == ()
+
+
+def test_nothing_is_known_of_an_aborted_text_beyond_its_full_blocks():
+    sim = simulation()
+    request = sim.submit([5] * 13)
+    sim.step()
+    sim.abort(request)
+    assert sim.tree is not None
+    assert sim.tree.match([5] * 13).length == 8
