@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# One thread: for the tests' small tensors a second one only waits, and on a busy machine it waits long.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint slow model clean
 
@@ -18,7 +20,7 @@ demo: $(VENV)/.kvant model
 	@$(BIN)/python examples/demo.py
 
 test: lint model
-	@$(BIN)/python -m pytest --cov=kvant --cov-report=term
+	@$(PYTEST) --cov=kvant --cov-report=term
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
@@ -27,7 +29,7 @@ lint: $(VENV)/.dev
 	@$(BIN)/lint-imports --no-logo
 
 slow: $(VENV)/.dev model
-	@$(BIN)/python -m pytest -m slow
+	@$(PYTEST) -m slow
 
 model: $(VENV)/.kvant
 	@$(BIN)/kvant models pull smollm2

@@ -25,7 +25,9 @@ def capacity(memory: MemoryReport) -> Table:
     baseline = memory.tokens_in("fp16")
     for name in ("fp16", "int8", "int4"):
         tokens = memory.tokens_in(name)
-        table.add_row(name, f"{tokens:,}", f"{tokens / baseline:.2f}x", style="bold" if name == memory.format.name else None)
+        table.add_row(
+            name, f"{tokens:,}", f"{tokens / baseline:.2f}x", style="bold" if name == memory.format.name else None
+        )
     return table
 
 

@@ -25,7 +25,9 @@ class SingleText:
         self._decoder = decoder
         self._prompt_length = prompt_length
         blocks = -(-capacity // BLOCK_SIZE)
-        self.store = KVStore.allocate(decoder.spec.kv_shape, resolve_kv_format(kv_cache_dtype, torch.float32), blocks, BLOCK_SIZE)
+        self.store = KVStore.allocate(
+            decoder.spec.kv_shape, resolve_kv_format(kv_cache_dtype, torch.float32), blocks, BLOCK_SIZE
+        )
         self._table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))
         self._computed = 0
 

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
+from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any
 
 from kvant.errors import ConfigError
@@ -23,6 +25,7 @@ DTYPES = {
 }
 QUANT_POLICIES = {0: "auto", 4: "int4", 8: "int8"}
 MAX_LOGPROBS = 32
+_INT = 2**31 - 1
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -32,7 +35,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def parse_memory(value: int | float | str) -> int | float:
-    """Bytes (int) or a fraction of free memory (float): 2e9-like ints, 0.5, "50%", "2GiB", "800MB"."""
+    """Bytes (int) or a fraction of free memory (float), from either or from text: "2GiB", "50%", "0.5", "1000000"."""
     if isinstance(value, str):
         return _parse_memory_text(value)
     if isinstance(value, float):
@@ -43,7 +46,7 @@ def parse_memory(value: int | float | str) -> int | float:
 
 
 def _parse_memory_text(text: str) -> int | float:
-    match = re.fullmatch(r"\s*([0-9.]+)\s*(%|[kmg]?i?b?)\s*", text.lower())
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(%|(?:[kmg]i?)?b?)\s*", text.lower())
     try:
         number = float(match[1]) if match else math.nan
     except ValueError:
@@ -53,7 +56,7 @@ def _parse_memory_text(text: str) -> int | float:
     if match[2] == "%":
         return parse_memory(number / 100)
     unit = match[2].removesuffix("b")
-    if not unit and number <= 1:
+    if not match[2] and "." in match[1]:
         return parse_memory(number)
     return parse_memory(int(number * _UNITS[unit]))
 
@@ -101,7 +104,7 @@ class EngineConfig:
         _require(self.device in ("auto", "cpu"), f"device={self.device!r}: only 'cpu' (or 'auto') is available")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kv_blocks", "num_threads"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name}={value} must be at least 1")
+            _require(value is None or (_is_integer(value) and value >= 1), f"{name}={value!r} must be at least 1")
         _require(
             8 <= self.block_size <= 1024 and self.block_size & (self.block_size - 1) == 0,
             f"block_size={self.block_size} must be a power of two from 8 to 1024",
@@ -122,7 +125,9 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is sampled. Field names and meanings are vLLM's.
+    """How one request is sampled. Field names are vLLM's.
+
+    Applied in this order: penalties and bias, temperature, top_k, top_p, min_p.
 
     Attributes:
         n: completions per prompt; they share the prompt's KV blocks.
@@ -132,7 +137,7 @@ class SamplingParams:
         min_p: keep tokens at least this likely relative to the likeliest.
         repetition_penalty: > 1 discourages tokens of prompt and output (divides positive logits).
         presence_penalty, frequency_penalty: subtracted once, or per occurrence, for tokens of the output.
-        logit_bias: token id -> added to its logit.
+        logit_bias: token id -> added to its logit, from -100 to 100.
         seed: same seed, same output, whatever else is in the batch.
         stop: strings that end the output (they are not part of it).
         stop_token_ids: ids that end the output.
@@ -153,8 +158,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
-    stop: str | tuple[str, ...] | list[str] = ()
-    stop_token_ids: tuple[int, ...] | list[int] = ()
+    stop: str | tuple[str, ...] | list[str] | None = ()
+    stop_token_ids: tuple[int, ...] | list[int] | None = ()
     ignore_eos: bool = False
     max_tokens: int | None = None
     min_tokens: int = 0
@@ -162,36 +167,61 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k >= -1 else self.top_k)
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         self._check_ranges()
-        _require(all(self.stop), "stop strings must not be empty")
+        _require(all(isinstance(text, str) and text for text in self.stop_strings), "stop takes texts, none empty")
+        _require(all(map(_is_integer, self.stop_token_ids or ())), "stop_token_ids takes token ids")
         for token, bias in (self.logit_bias or {}).items():
-            _require(math.isfinite(bias), f"logit_bias[{token}]={bias} must be finite")
+            _require(_is_integer(token), f"logit_bias: {token!r} is no token id")
+            _require(_is_number(bias) and abs(bias) <= 100, f"logit_bias[{token}]={bias!r} must be from -100 to 100")
 
     def _check_ranges(self) -> None:
-        limits: dict[str, tuple[float, float]] = {
-            "n": (1, 1024),
-            "temperature": (0, 1e6),
-            "top_k": (0, math.inf),
-            "top_p": (0, 1),
-            "min_p": (0, 1),
-            "presence_penalty": (-100, 100),
-            "frequency_penalty": (-100, 100),
-            "max_tokens": (1, math.inf),
-            "min_tokens": (0, math.inf),
-            "logprobs": (0, MAX_LOGPROBS),
-            "prompt_logprobs": (0, MAX_LOGPROBS),
-        }
-        for name, (low, high) in limits.items():
+        for name, (kind, low, high) in _SAMPLING_LIMITS.items():
             value: Any = getattr(self, name)
-            _require(value is None or low <= value <= high, f"{name}={value} must be from {low:g} to {high:g}")
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            fits = (_is_integer if kind == "an integer" else _is_number)(value) and low <= value <= high
+            _require(fits, f"{name}={value!r} must be {kind} from {low} to {high}")
         _require(self.top_p > 0, "top_p must be greater than 0; use temperature=0 for greedy decoding")
-        _require(0 < self.repetition_penalty <= 1e6, f"repetition_penalty={self.repetition_penalty} must be > 0")
         limit = self.max_tokens
         _require(limit is None or self.min_tokens <= limit, f"min_tokens={self.min_tokens} exceeds max_tokens={limit}")
 
     @property
     def greedy(self) -> bool:
+        """Whether each token is the likeliest one."""
         return self.temperature == 0
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as it is kept."""
+        return tuple(self.stop or ())
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+_MAY_BE_NONE = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+_SAMPLING_LIMITS: Mapping[str, tuple[str, float, float]] = MappingProxyType(
+    {
+        "n": ("an integer", 1, 1024),
+        "temperature": ("a number", 0, 1e6),
+        "top_k": ("an integer", 0, _INT),
+        "top_p": ("a number", 0, 1),
+        "min_p": ("a number", 0, 1),
+        "repetition_penalty": ("a number", 1e-3, 1e3),
+        "presence_penalty": ("a number", -100, 100),
+        "frequency_penalty": ("a number", -100, 100),
+        "seed": ("an integer", -math.inf, math.inf),
+        "max_tokens": ("an integer", 1, _INT),
+        "min_tokens": ("an integer", 0, _INT),
+        "logprobs": ("an integer", 0, MAX_LOGPROBS),
+        "prompt_logprobs": ("an integer", 0, MAX_LOGPROBS),
+    }
+)

@@ -24,6 +24,7 @@ from kvant.text.chat import render_chat
 
 DEFAULT_MAX_TOKENS = 512
 
+_Sampling = SamplingParams | Sequence[SamplingParams] | None
 _Mailbox = queue.SimpleQueue[tuple[Request, TokenEvent | Failure]]
 
 
@@ -50,7 +51,8 @@ class Pipeline(Front):
     """A loaded model. Use it in a `with` statement, or `close()` it.
 
     A prompt is a text (continued as it stands), a list of chat messages (through the model's chat template) or a list
-    of token ids. Without `sampling`, the model's recommended settings apply, with at most 512 output tokens.
+    of token ids. Without `sampling`, the model's recommended settings apply, with at most 512 output tokens; where you
+    give your own, `max_tokens=None` goes on to the context's limit.
     """
 
     @property
@@ -59,13 +61,11 @@ class Pipeline(Front):
         return replace(self._served.default_sampling, max_tokens=DEFAULT_MAX_TOKENS)
 
     @overload
-    def __call__(self, prompts: Prompt, sampling: Any = None) -> Response: ...  # type: ignore[overload-overlap]
+    def __call__(self, prompts: Prompt, sampling: _Sampling = None) -> Response: ...  # type: ignore[overload-overlap]
     @overload
-    def __call__(self, prompts: Sequence[Prompt], sampling: Any = None) -> list[Response]: ...
+    def __call__(self, prompts: Sequence[Prompt], sampling: _Sampling = None) -> list[Response]: ...
 
-    def __call__(
-        self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Response | list[Response]:
+    def __call__(self, prompts: Prompt | Sequence[Prompt], sampling: _Sampling = None) -> Response | list[Response]:
         """Answer one prompt with one response, or a list of prompts, batched, with a list in the same order.
 
         Args:
@@ -75,6 +75,8 @@ class Pipeline(Front):
         Raises:
             RequestError: a prompt cannot be served; nothing is computed then.
         """
+        if prompts is None or isinstance(prompts, Mapping):
+            raise RequestError("a prompt is a text, a list of chat messages or a list of token ids")
         if is_single_prompt(prompts):
             return self._answer([prompts], self._wishes(sampling, 1))[0]  # type: ignore[list-item]
         batch: list[Prompt] = list(prompts)  # type: ignore[arg-type]
@@ -108,7 +110,7 @@ class Pipeline(Front):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _wishes(self, sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    def _wishes(self, sampling: _Sampling, count: int) -> list[SamplingParams]:
         if sampling is None or isinstance(sampling, SamplingParams):
             return [sampling or self.default_sampling] * count
         if len(sampling) != count:
@@ -136,9 +138,12 @@ class Pipeline(Front):
         """Receive until all are finished, with a progress bar for a batch on a terminal (disable=None asks for one)."""
         disable = None if len(builders) > 1 else True
         with tqdm(total=len(builders), unit="prompt", disable=disable) as bar:
-            while bar_left := sum(not builder.finished for builder in builders.values()):
-                self._receive(mailbox, builders)
-                bar.update(bar_left - sum(not builder.finished for builder in builders.values()))
+            left = len(builders)
+            while left:
+                delta = self._receive(mailbox, builders)
+                if delta is not None and delta.usage is not None:  # the request's last
+                    left -= 1
+                    bar.update()
 
     def _submit(self, ids: list[int], sampling: SamplingParams) -> tuple[Request, _Mailbox]:
         mailbox: _Mailbox = queue.SimpleQueue()
@@ -191,8 +196,9 @@ class Session:
                 answer += [delta] if delta.index == 0 else []
                 yield delta
         finally:
-            tokens = tuple(token for delta in answer for token in delta.token_ids)
-            self._remember(messages, rendered, ids, "".join(delta.text for delta in answer), tokens)
+            if answer:
+                tokens = tuple(token for delta in answer for token in delta.token_ids)
+                self._remember(messages, rendered, ids, "".join(delta.text for delta in answer), tokens)
 
     def _turn(self, text: str) -> tuple[list[int], str, list[dict[str, Any]]]:
         """The next prompt's ids and text, and the messages with the new one.
@@ -203,7 +209,8 @@ class Session:
         messages = [*self.messages, {"role": "user", "content": text}]
         tokenizer = self._pipe.tokenizer
         rendered = render_chat(tokenizer, messages)
-        if self._ids and rendered.startswith(self._text):
+        # (A tokenizer that begins every text with a space of its own cannot encode the middle of one.)
+        if self._ids and rendered.startswith(self._text) and not tokenizer.leading_spaces:
             fresh = tokenizer.encode(rendered[len(self._text) :], add_special_tokens=False)
             return self._ids + fresh, rendered, messages
         return tokenizer.encode(rendered, add_special_tokens=False), rendered, messages

@@ -11,13 +11,15 @@ from hypothesis import given
 from kvant.cache.blocks import BlockPool
 
 
-@given(size=st.integers(0, 6), moves=st.lists(st.tuples(st.sampled_from(["take", "share", "release"]), st.integers(0, 5))))
+@given(
+    size=st.integers(0, 6), moves=st.lists(st.tuples(st.sampled_from(["take", "share", "release"]), st.integers(0, 5)))
+)
 def test_a_block_is_free_exactly_while_nobody_holds_it(size, moves):
     pool, held = BlockPool(size), Counter()
     for move, block in moves:
         if move == "take":
             taken = pool.take()
-            assert (taken is None) == (held.total() > 0 and len(+held) == size or size == 0)
+            assert (taken is None) == ((held.total() > 0 and len(+held) == size) or size == 0)
             if taken is not None:
                 assert held[taken] == 0
                 held[taken] = 1

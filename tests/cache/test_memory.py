@@ -36,6 +36,12 @@ def test_a_cgroups_limit_counts_where_it_is_nearer(system, limit, used, expected
     assert memory.available_memory() == expected * GIB
 
 
+def test_a_cgroups_file_pages_that_can_be_dropped_count_as_free(system, tmp_path):
+    system(50 * GIB, str(4 * GIB), 3 * GIB)
+    (tmp_path / "memory.stat").write_text(f"anon {GIB}\ninactive_file {2 * GIB}\nactive_file {GIB}\n")
+    assert memory.available_memory() == 3 * GIB
+
+
 def test_a_cgroup_without_a_limit_limits_nothing(system):
     system(5 * GIB, "max", GIB)
     assert memory.available_memory() == 5 * GIB

@@ -60,7 +60,10 @@ class NaiveTree:
         mine = [k for k in self.known if k.salt == salt]
         length = max((common(k.text, text) for k in mine), default=0)
         ends = [min(end + SIZE, length) for end in range(0, length, SIZE)]
-        return length, [{k.block for k in mine if len(k.parent) == (e - 1) // SIZE * SIZE and common(k.text, text) >= e} for e in ends]
+        return length, [
+            {k.block for k in mine if len(k.parent) == (e - 1) // SIZE * SIZE and common(k.text, text) >= e}
+            for e in ends
+        ]
 
     def use(self, blocks: list[int]) -> None:
         """A path was just used; in it, an end counts as used before what it hangs on."""
@@ -76,8 +79,13 @@ class NaiveTree:
 
 TEXTS = st.lists(st.sampled_from((0, 0, 0, 1)), min_size=1, max_size=14).map(tuple)
 MOVES = st.lists(
-    st.tuples(st.sampled_from(("insert", "insert", "match", "hold", "let go", "evict")), TEXTS, st.sampled_from((None, 1))),
-    max_size=40,
+    st.tuples(
+        st.sampled_from(("insert", "insert", "match", "hold", "let go", "evict", "evict")),
+        TEXTS,
+        st.sampled_from((None, 1)),
+    ),
+    min_size=5,
+    max_size=60,
 )
 
 
@@ -157,6 +165,15 @@ def test_the_least_recently_used_end_goes_first_and_a_beginning_after_all_its_en
         gone += [b for b in (start, first, second, other) if pool.references(b) == 0 and b not in gone]
     assert gone == [second, other, first, start]
     assert pool.num_free == 10
+
+
+def test_what_is_inserted_again_was_used_again():
+    pool = BlockPool(6)
+    tree = PrefixTree(pool, SIZE)
+    for start in (1, 2, 1):
+        known(pool, tree, [start] * 8)
+    tree.evict()
+    assert [tree.match([start] * 8).length for start in (1, 2)] == [8, 4]
 
 
 def test_what_somebody_holds_stays():

@@ -104,9 +104,7 @@ def test_left_alone_it_is_half_of_the_free_memory():
     assert report.pool_bytes <= 5 * MIB < report.pool_bytes + block_bytes()
 
 
-@given(
-    seqs=st.integers(1, 64), longest=st.none() | st.integers(1, 4000), max_position=st.integers(1, 4000)
-)
+@given(seqs=st.integers(1, 64), longest=st.none() | st.integers(1, 4000), max_position=st.integers(1, 4000))
 def test_left_alone_it_takes_no_more_than_can_be_used(seqs, longest, max_position):
     report = fit(10**12, max_position, max_num_seqs=seqs, max_model_len=longest)
     assert report.num_blocks == seqs * -(-(longest or max_position) // 16)

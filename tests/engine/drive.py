@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 
@@ -100,3 +102,11 @@ def assert_same(outcome: Outcome, expected: Outcome) -> None:
     for key, kv in outcome.kv.items():
         common = min(len(kv), len(expected.kv[key]))
         assert torch.equal(kv[:common], expected.kv[key][:common]), f"the KV of {key} differs"
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait until a condition holds, or fail."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.002)

@@ -59,12 +59,18 @@ class Simulation:
         self.requests: list[Request] = []
 
     def submit(
-        self, prompt: list[int], n: int = 1, max_tokens: int | None = None, salt: Hashable = None, may_reuse: bool = True
+        self,
+        prompt: list[int],
+        n: int = 1,
+        max_tokens: int | None = None,
+        salt: Hashable = None,
+        may_reuse: bool = True,
+        stop_ids: frozenset[int] = frozenset({STOP}),
     ) -> Request:
         """Queue a request; its number is its seed."""
         sampling = SamplingParams(n=n, max_tokens=max_tokens)
         seed = len(self.requests)
-        request = Request(tuple(prompt), sampling, seed, lambda *event: None, frozenset({STOP}), salt)
+        request = Request(tuple(prompt), sampling, seed, lambda *event: None, stop_ids, salt)
         request.sequences[0].may_reuse = may_reuse
         self.requests.append(request)
         self.scheduler.add(request)
@@ -173,7 +179,7 @@ class Simulation:
 
 def expected_end(limits: Limits, sequence: Sequence) -> str | None:
     """Why an output ends here, or None, from what was asked alone."""
-    if sequence.output[-1] == STOP:
+    if sequence.output[-1] in sequence.request.stop_ids:
         return "stop"
     full = sequence.total >= limits.max_model_len
     return "length" if full or len(sequence.output) == sequence.request.sampling.max_tokens else None
@@ -184,6 +190,6 @@ def expected_output(limits: Limits, request: Request, index: int) -> list[int]:
     room = limits.max_model_len - len(request.prompt)
     most = min(room, request.sampling.max_tokens or room)
     output: list[int] = []
-    while len(output) < most and STOP not in output:
+    while len(output) < most and not request.stop_ids.intersection(output):
         output.append(drawn(request, index, len(output)))
     return output

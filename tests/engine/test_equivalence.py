@@ -140,8 +140,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # Within its 32 tokens a prefix has the same KV in any prompt, beyond them only in prompts of the same length.
     "dynamic-rope": (
         "float32",
-        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}}
-        | {"max_position_embeddings": 32},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}, "max_position_embeddings": 32},
     ),
 }
 

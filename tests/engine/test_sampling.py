@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvant.config import SamplingParams
+from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.core import Core
 from kvant.engine.sampler import Sampler
 from kvant.engine.sequence import Request
@@ -175,14 +175,8 @@ def test_without_a_seed_each_request_has_its_own_and_the_engines_seed_repeats_th
 
 def test_end_ids_that_the_model_has_no_logits_for_do_no_harm(tiny_model):
     strange = replace(tiny_model, eos_token_ids=(END, VOCAB + 7, -1))
-    core = Core(strange, core_config(), end_ids=[VOCAB, END])
+    core = Core(strange, EngineConfig(max_model_len=64, num_kv_blocks=64), end_ids=[VOCAB, END])
     assert len(answer(core, logit_bias={END: 100.0}, min_tokens=3, max_tokens=8)) == 4
-
-
-def core_config():
-    from kvant.config import EngineConfig
-
-    return EngineConfig(max_model_len=64, num_kv_blocks=64, block_size=8)
 
 
 def test_a_request_that_cannot_be_served_says_why(tiny_model):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvant.engine.sequence import Request
-from tests.engine.simulation import STOP, Limits, Simulation, expected_output
+from tests.engine.simulation import Limits, Simulation, expected_output
 
 FEW = settings(
     max_examples=150,

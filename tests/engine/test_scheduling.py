@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvant.engine.sequence import Plan, Request
 from tests.engine.simulation import Limits, Simulation
 
+ENDLESS: frozenset[int] = frozenset()
 ROOMY = Limits(block_size=8, num_blocks=64, max_model_len=64, max_num_seqs=8, budget=64, caching=True)
 
 
@@ -49,8 +50,7 @@ def test_choices_wait_for_their_prompt_and_count_from_the_start():
 
 def test_the_latest_arrival_makes_room_and_goes_on_later_with_the_output_it_had():
     sim = simulation(num_blocks=8, caching=False)
-    first, second = sim.submit([0] * 30, max_tokens=30), sim.submit([1] * 30, max_tokens=30)
-    first.stop_ids = second.stop_ids = frozenset()
+    first, second = (sim.submit([i] * 30, max_tokens=30, stop_ids=ENDLESS) for i in range(2))
     while not sim.scheduler.preemptions:
         sim.step()
     assert (len(first.sequences[0].blocks), second.sequences[0].blocks) == (5, [])
@@ -83,8 +83,7 @@ def test_the_whole_of_a_known_prompt_is_never_reused():
 
 def test_what_a_request_finds_of_its_own_after_preemption_is_not_called_cached():
     sim = simulation(num_blocks=8, budget=8)
-    first = sim.submit([0] * 22, max_tokens=40)
-    first.stop_ids = frozenset()
+    sim.submit([0] * 22, max_tokens=40, stop_ids=ENDLESS)
     second = sim.submit([1] * 39)
     while not sim.scheduler.preemptions:
         sim.step()
@@ -109,15 +108,27 @@ def test_blocks_that_were_found_but_are_in_the_way_do_not_count_as_cached():
 
 def test_a_choice_alone_with_a_block_that_the_tree_shares_starts_over():
     """The choice that ended left its last block to the tree, and a pool of one sequence has no block for a copy."""
-    for prompt_length in range(9, 16):
-        sim = simulation(num_blocks=2, max_model_len=16, budget=64)
-        request = sim.submit([0] * prompt_length, n=2, max_tokens=6)
+    alone = 0
+    for stop in range(2):
+        sim = simulation(num_blocks=2, max_model_len=16)
+        request = sim.submit([0] * 12, n=2, stop_ids=frozenset({stop}))
         sim.step()
-        if request.sequences[0].finish_reason is None:
-            request.sequences[0].request.stop_ids = frozenset({0, 1, 9})
-            sim.step()
+        if [sequence.finish_reason for sequence in request.sequences] in (["stop", None], [None, "stop"]):
+            alone += 1
+            assert shares(sim.step()) == [(request, 0, 13)]
         sim.finish()
-    assert sim.scheduler.blocks_used == 0
+    assert alone > 0
+
+
+def test_a_block_that_was_found_partly_filled_is_known_once_it_is_full():
+    sim = simulation()
+    sim.submit([1] * 12, max_tokens=1)
+    sim.finish()
+    first = sim.submit([1] * 12 + [2] * 9)
+    sim.step()
+    second = sim.submit([1] * 12 + [2] * 9)
+    sim.step()
+    assert (first.cached_tokens, second.cached_tokens) == (12, 16)
 
 
 def test_an_aborted_leader_leaves_its_prompt_to_the_next_choice():
@@ -133,10 +144,11 @@ def test_an_aborted_leader_leaves_its_prompt_to_the_next_choice():
     assert request.sequences[0].forks == request.sequences[1].forks == ()
 
 
-def test_nothing_is_known_of_an_aborted_text_beyond_its_full_blocks():
+def test_an_aborted_text_is_known_to_its_last_computed_token():
+    """A stop string ends a text as an abort; the next turn goes on from there."""
     sim = simulation()
     request = sim.submit([5] * 13)
     sim.step()
     sim.abort(request)
     assert sim.tree is not None
-    assert sim.tree.match([5] * 13).length == 8
+    assert sim.tree.match([5] * 13).length == 13

@@ -137,6 +137,15 @@ def test_a_cached_hub_model_needs_no_network(shards):
     assert locate("org/name") == folder
 
 
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 1}'])
+def test_a_cached_model_with_a_broken_index_is_not_whole(index):
+    folder = cached_repo("org/name")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UnsupportedModelError, match="org/name"):
+        locate("org/name")
+    assert local_models() == []
+
+
 def test_offline_says_which_variable_to_unset():
     with pytest.raises(ModelNotFoundError, match=r"org/name.*HF_HUB_OFFLINE is set\. Unset it.*kvant models pull"):
         locate("org/name")
@@ -230,7 +239,7 @@ def test_a_gated_repository_says_how_to_get_in(hub):
 
 
 def test_other_failures_are_named_too(monkeypatch):
-    def snapshot_download(repo: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+    def snapshot_download(repo: str, *, local_files_only: bool = False, **patterns: list[str]) -> str:
         if local_files_only:
             raise LocalEntryNotFoundError("not cached")
         raise OSError(28, "No space left on device")

@@ -27,12 +27,21 @@ def _meminfo(key: str) -> int | None:
 
 
 def _cgroup_headroom() -> int | None:
+    """What the cgroup's limit (v2) leaves; file pages that can be dropped count as free."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(int(limit) - used, 0)
+    return None if limit == "max" else max(int(limit) - used + _droppable(), 0)
+
+
+def _droppable() -> int:
+    try:
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(stat.get("inactive_file", 0))
 
 
 def _physical_memory() -> int:

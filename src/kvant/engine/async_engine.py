@@ -27,6 +27,12 @@ class AsyncEngine(Front):
         """Load a model and start its engine; blocks until it is ready."""
         return cls(serve_model(model, config or EngineConfig()))
 
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.to_thread(self.close)
+
     @property
     def default_sampling(self) -> SamplingParams:
         """What the checkpoint recommends."""

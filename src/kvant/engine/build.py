@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.core import Core, EngineStats
 from kvant.engine.engine import Engine
 from kvant.engine.inputs import Prompt, encode_prompt
+from kvant.errors import ConfigError, CorruptModelError
+from kvant.formats.kv import resolve_kv_format
 from kvant.kernels.select import select_ops
 from kvant.text.tokenizer import Tokenizer
 from kvant.weights.load import generation_defaults, load_model
-from kvant.weights.locate import locate
+from kvant.weights.locate import DEFAULT_MODEL, locate
+from kvant.weights.sources.base import TensorSource
 from kvant.weights.tokenizer import read_tokenizer
 
 logger = logging.getLogger("kvant")
@@ -47,10 +51,11 @@ class ServedModel:
 
 
 class Front:
-    """What every front door shows of the model behind it."""
+    """What every front door shows of the model behind it. Forgotten, or at the program's end, it closes itself."""
 
     def __init__(self, served: ServedModel) -> None:
         self._served = served
+        self._close = weakref.finalize(self, served.engine.close)
 
     @property
     def model_name(self) -> str:
@@ -78,7 +83,7 @@ class Front:
 
     def close(self) -> None:
         """Stop the engine; requests that still run fail with EngineDeadError."""
-        self._served.engine.close()
+        self._close()
 
 
 def serve_model(model: str | Path | None, config: EngineConfig) -> ServedModel:
@@ -89,6 +94,7 @@ def serve_model(model: str | Path | None, config: EngineConfig) -> ServedModel:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    resolve_kv_format(config.kv_cache_dtype, torch.float32)  # a wrong name is told before the weights are read
     path = locate(model)
     loaded = load_model(path, dtype=config.dtype, ops=select_ops(config.device))
     tokenizer = read_tokenizer(loaded.source)
@@ -100,5 +106,11 @@ def serve_model(model: str | Path | None, config: EngineConfig) -> ServedModel:
             core.max_model_len,
             loaded.spec.max_position,
         )
-    defaults = SamplingParams(**generation_defaults(loaded.source))
-    return ServedModel(str(model or "smollm2"), Engine(core), tokenizer, defaults)
+    return ServedModel(str(model or DEFAULT_MODEL), Engine(core), tokenizer, _recommended(loaded.source))
+
+
+def _recommended(source: TensorSource) -> SamplingParams:
+    try:
+        return SamplingParams(**generation_defaults(source))
+    except ConfigError as error:
+        raise CorruptModelError(f"{source.path / 'generation_config.json'}: {error}") from error

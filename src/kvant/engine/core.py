@@ -14,7 +14,7 @@ from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.runner import Runner
 from kvant.engine.scheduler import Scheduler
 from kvant.engine.sequence import Request, Sink, TokenEvent
-from kvant.errors import RequestError
+from kvant.errors import ConfigError, RequestError
 from kvant.formats.kv import resolve_kv_format
 from kvant.weights.load import LoadedModel
 
@@ -43,6 +43,10 @@ class Core:
 
     def __init__(self, model: LoadedModel, config: EngineConfig, end_ids: List[int] = ()) -> None:
         spec, fmt = model.spec, resolve_kv_format(config.kv_cache_dtype, model.dtype)
+        if config.max_model_len is not None and config.max_model_len > spec.max_position:
+            raise ConfigError(
+                f"max_model_len={config.max_model_len} exceeds the {spec.max_position} tokens this model is made for"
+            )
         self.memory: MemoryReport = fit_pool(config, spec.kv_shape, fmt, spec.max_position, available_memory())
         self.max_model_len = config.max_model_len or min(spec.max_position, self.memory.tokens)
         self.prefix_caching = config.enable_prefix_caching
@@ -78,7 +82,7 @@ class Core:
             sampling=sampling,
             seed=self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed,
             sink=sink,
-            stop_ids=frozenset(sampling.stop_token_ids).union(ends),
+            stop_ids=frozenset(sampling.stop_token_ids or ()).union(ends),
             salt=len(prompt) if rope is not None and len(prompt) > rope.original_length else None,
         )
         # Cached tokens are not computed again, so they would have no log-probabilities.
@@ -95,7 +99,7 @@ class Core:
                 "the KV cache's memory"
             )
         vocab = self._model.spec.vocab_size
-        named = (*prompt, *(sampling.logit_bias or ()), *sampling.stop_token_ids)
+        named = (*prompt, *(sampling.logit_bias or ()), *(sampling.stop_token_ids or ()))
         unknown = next((token for token in named if not 0 <= token < vocab), None)
         if unknown is not None:
             raise RequestError(f"token id {unknown} is unknown; this model has ids 0 to {vocab - 1}")

@@ -30,7 +30,7 @@ class DeltaBuilder:
 
     def __init__(self, request: Request, tokenizer: Tokenizer, continues: bool) -> None:
         self._request = request
-        stop = tuple(request.sampling.stop)
+        stop = request.sampling.stop_strings
         streams = (TextStream(tokenizer, stop, continues=continues) for _ in request.sequences)
         self._choices = [_ChoiceState(stream) for stream in streams]
         self._first_token: float | None = None

@@ -45,15 +45,11 @@ class Engine:
             EngineDeadError: the engine is closed or has failed.
         """
         request = self._core.request(prompt, sampling, sink)
-
-        def add() -> None:
-            self._core.add(request)
-            self._live.add(request)
-
         with self._gate:
             if self._death is not None:
                 raise EngineDeadError(f"{self._death}; create a new one")
-            self._commands.put(add)
+            self._live.add(request)
+            self._commands.put(lambda: self._core.add(request))
         return request
 
     def abort(self, request: Request, index: int | None = None) -> None:
@@ -67,7 +63,8 @@ class Engine:
     def close(self) -> None:
         """Stop the thread; unfinished requests receive a `Failure`."""
         self._commands.put(self._close)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # as it may be when garbage is collected there
+            self._thread.join()
 
     def _close(self) -> None:
         self._death = self._death or "the engine is closed"
@@ -79,7 +76,7 @@ class Engine:
                 if self._death is None and self._core.has_work():
                     self._deliver(self._core.step())
                 self._stats = self._core.stats()
-        except Exception as error:
+        except BaseException as error:
             logger.exception("the engine failed")
             self._death = f"the engine failed: {type(error).__name__}: {error}"
         self._bury()
@@ -93,15 +90,24 @@ class Engine:
 
     def _deliver(self, events: List[tuple[Request, TokenEvent]]) -> None:
         for request, event in events:
-            request.sink(request, event)
+            if not _tell(request, event):
+                self._core.abort(request)
             if all(sequence.finish_reason is not None for sequence in request.sequences):
                 self._live.discard(request)
 
     def _bury(self) -> None:
         """Tell everyone who still waits, those included whose requests were never taken in."""
         with self._gate:
-            while not self._commands.empty():
-                self._commands.get()()
-        for request in self._live:
-            request.sink(request, Failure(self._death or "the engine is closed"))
-        self._live.clear()
+            left, self._live = self._live, set()
+        for request in left:
+            _tell(request, Failure(self._death or "the engine is closed"))
+
+
+def _tell(request: Request, event: TokenEvent | Failure) -> bool:
+    """Whether the sink took the event; one that raises must not bring down the others' engine."""
+    try:
+        request.sink(request, event)
+    except Exception:
+        logger.exception("a request's sink failed; the request is dropped")
+        return False
+    return True

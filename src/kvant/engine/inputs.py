@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from kvant.errors import RequestError
@@ -29,10 +30,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, **template_kwargs: Any) 
     if isinstance(prompt, Sequence) and prompt:
         if all(isinstance(item, Mapping) for item in prompt):
             return encode_chat(tokenizer, prompt, **template_kwargs)  # type: ignore[arg-type]
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
-            return list(prompt)  # type: ignore[arg-type]
+        if all(isinstance(item, Integral) and not isinstance(item, bool) for item in prompt):
+            return [int(item) for item in prompt]  # type: ignore[arg-type]
     raise RequestError("a prompt is a text, a list of chat messages ({'role', 'content'}) or a list of token ids")
 
 
 def _is_item(item: Any) -> bool:
-    return isinstance(item, (int, Mapping))
+    return isinstance(item, (Integral, Mapping))

@@ -46,8 +46,8 @@ class Timings:
 class Delta:
     """News of one choice of a request: what came since its last delta.
 
-    `text` may lag behind `token_ids` while a character or a possible stop string is incomplete. `finish_reason` is set
-    on the choice's last delta; `usage` and `timings` on the request's last.
+    Tokens whose text is not certain yet (half a character, the beginning of a stop string) come with a later delta.
+    `finish_reason` is set on the choice's last delta; `usage` and `timings` on the request's last.
     """
 
     index: int

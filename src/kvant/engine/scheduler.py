@@ -221,8 +221,7 @@ class Scheduler:
         sequence.finish_reason = reason
         if sequence in self._running:
             self._running.remove(sequence)
-            if reason != "abort":
-                self._remember_tail(sequence)
+            self._remember_tail(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
         self._leave_forks(sequence)
@@ -240,7 +239,7 @@ class Scheduler:
             self._waiting.appendleft(heir)
 
     def _remember_tail(self, sequence: Sequence) -> None:
-        """A finished text is known to its last computed token, so that a next turn goes on from there."""
+        """An ended text is known to its last computed token, so that a next turn goes on from there."""
         if self._tree is not None and sequence.computed:
             used = -(-sequence.computed // self._block_size)
             self._tree.insert(sequence.tokens(0, sequence.computed), sequence.blocks[:used], sequence.request.salt)

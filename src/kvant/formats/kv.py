@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -173,6 +174,9 @@ KV_FORMATS: dict[str, KVFormat] = {
 }
 
 
+_ALIASES = MappingProxyType({"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"})
+
+
 def resolve_kv_format(name: str, compute_dtype: torch.dtype) -> KVFormat:
     """The format called `name`; "auto" is 16 bit: bf16 where the model computes in bfloat16, else fp16.
 
@@ -181,6 +185,7 @@ def resolve_kv_format(name: str, compute_dtype: torch.dtype) -> KVFormat:
     """
     if name == "auto":
         name = "bf16" if compute_dtype == torch.bfloat16 else "fp16"
+    name = _ALIASES.get(name, name)
     if name not in KV_FORMATS:
         raise ConfigError(f"kv_cache_dtype={name!r} is unknown; choose one of auto, {', '.join(KV_FORMATS)}")
     return KV_FORMATS[name]

@@ -79,6 +79,8 @@ class ReferenceOps:
             blocks = _padded_blocks(batch.block_tables[sequence], batch.context_lens[sequence], cache.block_size)
             keys = _gather(cache.format.key, cache.side("key"), blocks, cache.key_stats)
             values = _gather(cache.format.value, cache.side("value"), blocks, cache.value_stats)
+            # What lies behind the context is another text's, or nobody's: 0 * NaN would still be NaN.
+            values[:, batch.context_lens[sequence] :] = 0
             for first in range(start, stop, QUERY_TILE):
                 rows = slice(first, min(first + QUERY_TILE, stop))
                 out[rows] = _attend(q[rows], keys, values, batch.positions[rows], shape)

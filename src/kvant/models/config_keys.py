@@ -141,6 +141,8 @@ def windows(config: Config, num_layers: int, sliding: Any) -> tuple[int | None, 
     types = config.get("layer_types")
     if not size or (types is None and config.get("use_sliding_window") is False):
         return (None,) * num_layers
+    if types is not None and len(types) != num_layers:
+        raise CorruptModelError(f"config.json lists {len(types)} layer_types for {num_layers} layers")
     if types is not None:
         return tuple(int(size) if kind == "sliding_attention" else None for kind in types)
     return tuple(int(size) if sliding(layer) else None for layer in range(num_layers))

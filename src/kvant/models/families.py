@@ -117,7 +117,7 @@ def _mistral(config: Config) -> ModelSpec:
 
 def _qwen2(config: Config) -> ModelSpec:
     # Released configs name a window but switch it off, so a missing switch means off.
-    first = int(keys.number(config, "max_window_layers", default=0))
+    first = int(keys.number(config, "max_window_layers", default=28))
     switched = {"use_sliding_window": False, **config}
     return _common(config, "qwen2", windows=_windowed(switched, lambda layer: layer >= first))
 
@@ -217,6 +217,7 @@ def _gemma3(config: Config) -> ModelSpec:
         post_norms=True,
         qk_norm=True,
         layers=tuple(LayerSpec(local if window else distant, window) for window in windows),
+        max_position=int(keys.number(config, "max_position_embeddings")),  # the stretch of the rope is in it
         attention_scale=keys.number(config, "query_pre_attn_scalar", default=256) ** -0.5,
         attention_softcap=config.get("attn_logit_softcapping"),
         final_softcap=config.get("final_logit_softcapping"),
@@ -282,9 +283,17 @@ def family_of(config: Config) -> Family:
 
 
 def model_spec(config: Config) -> ModelSpec:
-    """The spec of a checkpoint from its config; a multimodal config's text part is taken."""
+    """The spec of a checkpoint from its config; a multimodal config's text part is taken.
+
+    Raises:
+        UnsupportedModelError: the family, or something its config asks for, is not one kvant runs.
+        CorruptModelError: the config contradicts itself.
+    """
     family = family_of(config)
-    spec = family.spec({**config, **(config.get("text_config") or {})})
+    try:
+        spec = family.spec({**config, **(config.get("text_config") or {})})
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise CorruptModelError(f"config.json does not describe a {family.name} model: {error!r}") from error
     _check(spec)
     return spec
 

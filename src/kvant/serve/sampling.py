@@ -52,5 +52,5 @@ def _given(request: GenerationRequest) -> dict[str, Any]:
 
 def _merged(default: SamplingParams, given: dict[str, Any]) -> SamplingParams:
     if "stop_token_ids" in given:
-        given["stop_token_ids"] = (*default.stop_token_ids, *given["stop_token_ids"])
+        given["stop_token_ids"] = (*(default.stop_token_ids or ()), *given["stop_token_ids"])
     return replace(default, **given)

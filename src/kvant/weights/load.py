@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvant.cache.memory import available_memory
-from kvant.errors import CorruptModelError, UnsupportedModelError
+from kvant.errors import CorruptModelError, MemoryFitError, UnsupportedModelError
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import Ops
 from kvant.models.config_keys import token_ids
@@ -75,9 +75,31 @@ def load_model(path: Path, *, dtype: str, ops: Ops) -> LoadedModel:
     source = open_source(path)
     spec = model_spec(source.config)
     compute = _compute_dtype(dtype, spec, source)
+    _check_memory(source, compute)
     weights = _Loader(source, spec, compute, ops).load()
+    _check_all_read(source)
     eos = dict.fromkeys(spec.eos_token_ids + token_ids(source.generation, "eos_token_id"))
     return LoadedModel(Decoder(spec, weights, ops), source, compute, tuple(eos))
+
+
+def _check_memory(source: TensorSource, dtype: torch.dtype) -> None:
+    needed, free = source.num_parameters() * dtype.itemsize, available_memory()
+    if needed > free:
+        raise MemoryFitError(
+            f"{source.path}: the weights take {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')}, "
+            f"{free / 2**30:.1f} GiB are free; use a smaller model, a 16-bit dtype, or free some memory"
+        )
+
+
+def _check_all_read(source: TensorSource) -> None:
+    """Weights of a layer that the decoder has no place for would be missing from every answer."""
+    ignored = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "rope_freqs.weight")
+    left = sorted(name for name in source.unread() if ".layers." in name or name.startswith(("blk.", "transformer.h.")))
+    left = [name for name in left if not name.endswith(ignored) and "vision" not in name]
+    if left:
+        raise UnsupportedModelError(
+            f"{source.path}: {len(left)} tensors, such as {left[0]!r}, have no place in the config's architecture"
+        )
 
 
 def _compute_dtype(name: str, spec: ModelSpec, source: TensorSource) -> torch.dtype:

@@ -30,6 +30,8 @@ _HUB_FILES = (
     "chat_template*",
     "quantize_config.json",
 )
+# The same weights once more, in their makers' own layout.
+_HUB_DUPLICATES = ("consolidated*", "original/*")
 _ELSE = f"Give a local directory or .gguf file instead, or try the small model: `kvant models pull {DEFAULT_MODEL}`."
 
 
@@ -107,7 +109,7 @@ def _as_file(path: Path) -> Path:
 def _from_hub(repo: str) -> Path:
     # Imported here: it takes longer to import than all else that a local GGUF file needs to be found.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     patterns = list(_HUB_FILES)
     try:
@@ -116,8 +118,10 @@ def _from_hub(repo: str) -> Path:
             return folder
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError as error:
+        raise ModelNotFoundError(f"{repo!r} is no hub id: {error} {_ELSE}") from error
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=list(_HUB_DUPLICATES)))
     except Exception as error:  # whatever the hub's client, its HTTP library or the disk may raise
         raise ModelNotFoundError(f"cannot download {repo}: {_cause(repo, error)} {_ELSE}") from error
     if not _is_complete(folder):

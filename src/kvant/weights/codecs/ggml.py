@@ -44,6 +44,6 @@ def decode_ggml(
         values = dequantize(stored[first : first + step], kind)
         rows[first : first + step] = torch.from_numpy(np.array(values, dtype=np.float32))
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(decode, range(0, rows.shape[0], step)))
     return out

@@ -29,6 +29,10 @@ class TensorSource(ABC):
     generation: Mapping[str, Any]
     metadata: Mapping[str, Any]
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._used: set[str] = set()
+
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor's shape in torch's order, output dimension first."""
@@ -45,12 +49,17 @@ class TensorSource(ABC):
         """Elements in all tensors."""
         return sum(torch.Size(shape).numel() for shape in self.shapes().values())
 
+    def unread(self) -> set[str]:
+        """Names of the tensors that nobody asked `checked` for."""
+        return set(self.shapes()) - self._used
+
     def checked(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """`read`, for a tensor that must be there in this shape.
 
         Raises:
             CorruptModelError: it is missing or has another shape.
         """
+        self._used.add(name)
         found = self.shapes().get(name)
         if found is None:
             raise CorruptModelError(f"{self.path}: the tensor {name!r} is missing; the download may be incomplete")

@@ -55,16 +55,23 @@ class GgufSource(TensorSource):
     """One .gguf file of a family that kvant knows."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         try:
             reader = _PlainReader(path)
         except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
             raise CorruptModelError(f"{path} is not a whole GGUF file: {error}") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+        self._refuse_what_is_not_one_dense_model()
         self._family = self._find_family()
         self.config = self._hf_config()
         self.generation: dict[str, Any] = {}
+
+    def _refuse_what_is_not_one_dense_model(self) -> None:
+        if self.metadata.get("split.count", 1) > 1:
+            raise UnsupportedModelError(f"{self.path} is one part of a split GGUF; join the parts (gguf-split --merge)")
+        if self.metadata.get(f"{self.metadata.get('general.architecture')}.expert_count", 0) > 0:
+            raise UnsupportedModelError(f"{self.path} is a mixture of experts, which kvant does not run yet")
 
     def _find_family(self) -> Family:
         arch = self.metadata.get("general.architecture")

@@ -40,7 +40,7 @@ class SafetensorsSource(TensorSource):
     """A directory with config.json and *.safetensors. Pickled weights are refused: they can run code when read."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self.config = read_json(path / "config.json")
         self.generation = read_json(path / "generation_config.json")
         self.metadata: dict[str, Any] = {}

@@ -1,0 +1,153 @@
+"""The engine for coroutines: deltas as they come, and nothing left behind by those who go away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from kvant.config import EngineConfig, SamplingParams
+from kvant.engine.async_engine import AsyncEngine
+from kvant.engine.outputs import Delta
+from kvant.errors import EngineDeadError, RequestError
+from tests.engine.drive import eventually, text
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+ENDLESS = SamplingParams(temperature=0, ignore_eos=True)
+SHORT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture
+def engine(tiny_path) -> Iterator[AsyncEngine]:
+    config = EngineConfig(dtype="float32", max_model_len=400, num_kv_blocks=200, block_size=8, max_num_seqs=4)
+    engine = AsyncEngine.from_pretrained(tiny_path, config)
+    yield engine
+    engine.close()
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """In a loop of its own, within a time in which it must be done."""
+    return asyncio.run(asyncio.wait_for(coroutine, 30))
+
+
+async def collect(engine: AsyncEngine, prompt: Any, sampling: SamplingParams) -> list[Delta]:
+    return [delta async for delta in engine.generate(prompt, sampling)]
+
+
+def freed(engine: AsyncEngine) -> bool:
+    stats = engine.stats()
+    return stats.running == stats.waiting == stats.kv_blocks_used == 0
+
+
+def tokens(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def test_many_at_once_say_what_each_says_alone(engine):
+    async def all_of_them() -> list[list[Delta]]:
+        return await asyncio.gather(*(collect(engine, text(i, 10), SHORT) for i in range(12)))
+
+    together = run(all_of_them())
+    for i, deltas in enumerate(together):
+        assert tokens(deltas) == tokens(run(collect(engine, text(i, 10), SHORT)))
+        assert deltas[-1].usage.completion_tokens == 8
+        assert deltas[-1].finish_reason == "length"
+
+
+def test_a_cancelled_task_frees_what_it_held_whether_it_runs_or_waits(engine):
+    async def cancel() -> None:
+        tasks = [asyncio.create_task(collect(engine, text(i, 30), ENDLESS)) for i in range(8)]
+        while not (engine.stats().running == 4 and engine.stats().waiting == 4):
+            await asyncio.sleep(0.002)
+        for task in tasks:
+            task.cancel()
+        assert all(isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(*tasks, return_exceptions=True))
+
+    run(cancel())
+    eventually(lambda: freed(engine))
+    assert len(tokens(run(collect(engine, text(1, 5), SHORT)))) == 8
+
+
+def test_a_closed_generator_frees_what_it_held(engine):
+    async def read_one() -> Delta:
+        async with aclosing(engine.generate(text(1, 30), ENDLESS)) as deltas:
+            async for delta in deltas:
+                return delta
+        raise AssertionError("nothing came")
+
+    assert run(read_one()).token_ids
+    eventually(lambda: freed(engine))
+
+
+def test_a_stop_string_stops_the_engine_too(engine):
+    whole = "".join(delta.text for delta in run(collect(engine, text(1, 30), ENDLESS)))
+    stop = whole[12:14]
+    deltas = run(collect(engine, text(1, 30), SamplingParams(temperature=0, ignore_eos=True, stop=stop)))
+    assert "".join(delta.text for delta in deltas) == whole[: whole.index(stop)]
+    assert deltas[-1].finish_reason == "stop"
+    eventually(lambda: freed(engine))
+
+
+def test_a_prompt_that_cannot_be_served_is_refused_before_anything_comes(engine):
+    for prompt, match in (([1] * 400, "399"), ([99999], "99999"), ([], "prompt")):
+        with pytest.raises(RequestError, match=match):
+            run(collect(engine, prompt, SHORT))
+    assert freed(engine)
+
+
+def test_those_who_listen_learn_that_the_engine_died(engine, monkeypatch):
+    def failing(plan: Any) -> None:
+        raise RuntimeError("boom")
+
+    async def both() -> list[Any]:
+        tasks = [asyncio.create_task(collect(engine, text(i, 10), ENDLESS)) for i in range(2)]
+        while not engine.stats().running:
+            await asyncio.sleep(0.002)
+        monkeypatch.setattr(engine._served.engine.core._runner, "run", failing)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    for error in run(both()):
+        assert isinstance(error, EngineDeadError)
+        assert "boom" in str(error)
+    assert not engine.stats().healthy
+    with pytest.raises(EngineDeadError, match="boom"):
+        run(collect(engine, text(1, 5), SHORT))
+
+
+def test_closing_ends_those_who_listen(engine):
+    async def close_midway() -> None:
+        task = asyncio.create_task(collect(engine, text(1, 10), ENDLESS))
+        while not engine.stats().running:
+            await asyncio.sleep(0.002)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(EngineDeadError, match="closed"):
+            await task
+
+    run(close_midway())
+
+
+def test_a_loop_that_is_gone_harms_nobody(engine):
+    async def walk_away() -> None:
+        deltas = engine.generate(text(1, 10), ENDLESS)
+        await anext(deltas)
+        engine._left = deltas  # type: ignore[attr-defined]  # kept from being closed with the loop
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(walk_away())
+    loop.close()
+    assert len(tokens(run(collect(engine, text(2, 10), SHORT)))) == 8
+    eventually(lambda: freed(engine))
+    assert engine.stats().healthy
+    del engine._left  # type: ignore[attr-defined]
+
+
+def test_what_it_shows_of_the_model(engine, tiny_path):
+    assert engine.model_name == str(tiny_path)
+    assert engine.max_model_len == 400
+    assert engine.memory.tokens == 1600
+    assert engine.encode("hi") == engine.tokenizer.encode("hi")
+    assert engine.default_sampling == SamplingParams()
