@@ -167,3 +167,21 @@ def test_prefixes_are_not_shared_where_the_prompts_length_changes_their_kv(tmp_p
     assert not torch.equal(kv[0][:30], kv[1][:30])
     cached = [drive(core, [(prompt[:n], GREEDY)]).requests[0].cached_tokens for n in (60, 50, 40, 30, 20)]
     assert cached == [59, 49, 0, 29, 19]
+
+
+def test_what_lies_in_unused_slots_does_not_matter(tiny_model):
+    """Even NaN, left by another text: masked weights are 0, and 0 * NaN would be NaN."""
+    outputs = []
+    for rubbish in (0.0, float("nan")):
+        core = core_of(tiny_model)
+        for layer in core.store.layers:
+            for plane in layer.planes.values():
+                plane.fill_(rubbish)
+        request = core.request(
+            text(1, 21), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True), lambda *_: None
+        )
+        core.add(request)
+        while core.has_work():
+            core.step()
+        outputs.append(request.sequences[0].output)
+    assert outputs[0] == outputs[1]

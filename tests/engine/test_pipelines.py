@@ -229,3 +229,18 @@ def test_two_sessions_do_not_mix(pipe):
     alone = [pipe.session(sampling=GREEDY).chat(said).text for said in ("one", "two")]
     first, second = pipe.session(sampling=GREEDY), pipe.session(sampling=GREEDY)
     assert [first.chat("one").text, second.chat("two").text] == alone
+
+
+def test_a_turn_that_ended_at_a_stop_string_is_not_computed_again(pipe):
+    session = pipe.session("Answer.", GREEDY)
+    words = session.chat("one two").text
+    session.reset()
+    stopped = session.chat("one two", replace(GREEDY, stop=(words[3],)))
+    assert stopped.finish_reason == "stop"
+    assert session.chat("three").usage.cached_tokens >= stopped.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("prompt", [None, {"role": "user", "content": "hi"}])
+def test_what_is_neither_a_prompt_nor_a_list_of_them_is_refused(pipe, prompt):
+    with pytest.raises(RequestError, match="a prompt is a text"):
+        pipe(prompt)

@@ -238,6 +238,12 @@ def test_a_gated_repository_says_how_to_get_in(hub):
         locate("org/gated")
 
 
+@pytest.mark.parametrize("name", ["org/na--me", "org/name-", "a/b..c"])
+def test_what_cannot_be_a_hub_id_is_said_to_be_none(name):
+    with pytest.raises(ModelNotFoundError, match="is no hub id"):
+        locate(name)
+
+
 def test_other_failures_are_named_too(monkeypatch):
     def snapshot_download(repo: str, *, local_files_only: bool = False, **patterns: list[str]) -> str:
         if local_files_only:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvant.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
+from kvant.errors import CorruptModelError, MemoryFitError, ModelNotFoundError, UnsupportedModelError
 from kvant.kernels.reference import ReferenceOps
+from kvant.models.families import model_spec
 from kvant.weights.load import generation_defaults, inspect_model, load_model, open_source
 
 CONFIG: dict[str, Any] = {
@@ -117,6 +118,14 @@ K_PROJ = "model.layers.0.self_attn.k_proj.weight"
         (_configure(hidden_act="relu"), UnsupportedModelError, "relu"),
         (_configure(rope_scaling={"type": "mrope"}), UnsupportedModelError, "mrope"),
         (_configure(quantization_config={"quant_method": "awq"}), UnsupportedModelError, "awq"),
+        (_configure(num_attention_heads=0), CorruptModelError, "does not describe a llama model"),
+        (_configure(rope_scaling="linear"), CorruptModelError, "does not describe"),
+        (_configure(rope_scaling={"type": "longrope"}), CorruptModelError, "short_factor"),
+        (
+            _retensor(lambda t: t.update({f"{K_PROJ[:-7]}_extra.weight": torch.zeros(2)})),
+            UnsupportedModelError,
+            "place",
+        ),
     ],
 )
 def test_a_broken_checkpoint_is_refused(
@@ -143,6 +152,30 @@ def test_a_truncated_gguf_is_refused(smollm2: Path, tmp_path: Path) -> None:
         file.write_bytes(whole.read(50 << 20))
     with pytest.raises(CorruptModelError, match="not a whole GGUF file"):
         open_source(file)
+
+
+def test_a_list_of_layer_types_must_fit_the_layers(model: Path) -> None:
+    config = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8, "layer_types": ["full_attention"] * 3}
+    _configure(**config)(model)
+    with pytest.raises(CorruptModelError, match="lists 3 layer_types for 1 layers"):
+        inspect_model(model)
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvant.weights.load.available_memory", lambda: 1000)
+    with pytest.raises(MemoryFitError, match="the weights take"):
+        load(model)
+
+
+def test_gemma_3_states_its_stretched_context() -> None:
+    config = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "intermediate_size": 64,
+    }
+    stretched = model_spec({**config, "rope_scaling": {"rope_type": "linear", "factor": 8.0}})
+    assert stretched.max_position == model_spec(config).max_position == 131072
 
 
 def test_generation_config_gives_defaults_and_ends(model: Path) -> None:
