@@ -204,7 +204,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 def test_a_hub_model_is_downloaded_without_pickles(hub):
     wanted = {"config.json": b"{}", "model.safetensors": b"123", "tokenizer.json": b"{}", "chat_template.jinja": b"x"}
-    hub.files |= wanted | {"pytorch_model.bin": b"!", "model.pt": b"!", "README.md": b"!", "model.onnx": b"!"}
+    hub.files |= wanted | {
+        "pytorch_model.bin": b"!",
+        "model.pt": b"!",
+        "README.md": b"!",
+        "consolidated.safetensors": b"!",
+    }
 
     folder = locate("org/name")
 

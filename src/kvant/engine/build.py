@@ -21,7 +21,8 @@ from kvant.kernels.select import select_ops
 from kvant.text.tokenizer import Tokenizer
 from kvant.weights.load import generation_defaults, load_model
 from kvant.weights.locate import DEFAULT_MODEL, locate
-from kvant.weights.sources.base import TensorSource
+from kvant.weights.pull import PULLABLE
+from kvant.weights.source import TensorSource
 from kvant.weights.tokenizer import read_tokenizer
 
 logger = logging.getLogger("kvant")
@@ -106,11 +107,13 @@ def serve_model(model: str | Path | None, config: EngineConfig) -> ServedModel:
             core.max_model_len,
             loaded.spec.max_position,
         )
-    return ServedModel(str(model or DEFAULT_MODEL), Engine(core), tokenizer, _recommended(loaded.source))
+    name = str(model or DEFAULT_MODEL)
+    return ServedModel(name, Engine(core), tokenizer, _recommended(name, loaded.source))
 
 
-def _recommended(source: TensorSource) -> SamplingParams:
+def _recommended(name: str, source: TensorSource) -> SamplingParams:
+    pulled = PULLABLE[name].sampling if name in PULLABLE else {}
     try:
-        return SamplingParams(**generation_defaults(source))
+        return SamplingParams(**{**pulled, **generation_defaults(source)})
     except ConfigError as error:
         raise CorruptModelError(f"{source.path / 'generation_config.json'}: {error}") from error

@@ -20,7 +20,7 @@ from kvant.models.families import Names, family_of, model_spec
 from kvant.models.layers import AttentionWeights, LayerWeights, Linear, MlpWeights
 from kvant.models.spec import ModelSpec
 from kvant.weights.codecs.plain import read_vector, read_weight
-from kvant.weights.sources.base import TensorSource
+from kvant.weights.source import TensorSource
 
 _CHECKPOINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -111,9 +111,9 @@ def _from_hub(repo: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    patterns = list(_HUB_FILES)
+    wanted, unwanted = list(_HUB_FILES), list(_HUB_DUPLICATES)
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
+        folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=True))
         if _is_complete(folder):
             return folder
     except LocalEntryNotFoundError:
@@ -121,7 +121,7 @@ def _from_hub(repo: str) -> Path:
     except HFValidationError as error:
         raise ModelNotFoundError(f"{repo!r} is no hub id: {error} {_ELSE}") from error
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=list(_HUB_DUPLICATES)))
+        folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # whatever the hub's client, its HTTP library or the disk may raise
         raise ModelNotFoundError(f"cannot download {repo}: {_cause(repo, error)} {_ELSE}") from error
     if not _is_complete(folder):

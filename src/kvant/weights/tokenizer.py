@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvant.text.directory import load_tokenizer
 from kvant.text.gguf import tokenizer_from_gguf
 from kvant.text.tokenizer import Tokenizer
-from kvant.weights.sources.base import TensorSource
+from kvant.weights.source import TensorSource
 
 
 def read_tokenizer(source: TensorSource) -> Tokenizer:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvant.formats.weight import PackedWeight
-from kvant.weights.sources.base import TensorSource
+from kvant.weights.source import TensorSource
 
 
 def read_weight(source: TensorSource, name: str, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvant.errors import CorruptModelError, MissingDependencyError, UnsupportedModelError
 from kvant.models.families import FAMILIES, Family, Names
-from kvant.weights.sources.base import TensorSource
+from kvant.weights.source import TensorSource
 
 try:
     from gguf import GGUFReader

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvant.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
 from kvant.models.families import Family, Names
-from kvant.weights.sources.base import TensorSource
+from kvant.weights.source import TensorSource
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
