@@ -73,7 +73,7 @@ class Pipeline(Front):
             sampling: one for all, or one for each prompt.
 
         Raises:
-            RequestError: a prompt cannot be served; nothing is computed then.
+            RequestError: a prompt cannot be served; the others are abandoned.
         """
         if prompts is None or isinstance(prompts, Mapping):
             raise RequestError("a prompt is a text, a list of chat messages or a list of token ids")

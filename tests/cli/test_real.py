@@ -118,9 +118,16 @@ def test_a_server_cuts_off_what_takes_too_long(smollm2):
 
 @contextmanager
 def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process with pipes, killed in the end if it still runs."""
+    """A process with pipes, killed in the end if it still runs.
+
+    It hears Ctrl-C as on a terminal, also where the tests run in the background of a shell, which has it ignored.
+    """
+    options = {
+        "env": os.environ | {"PYTHONUNBUFFERED": "1"},
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    }
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
+    with subprocess.Popen(command, **pipes, **options, text=True) as process:
         try:
             yield process
         finally:

@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from kvant.cache.store import KVStore
 from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.core import Core
+from kvant.engine.engine import Engine
 from kvant.engine.sequence import Request, Sequence, TokenEvent
 from kvant.weights.load import LoadedModel
 
@@ -102,6 +105,24 @@ def assert_same(outcome: Outcome, expected: Outcome) -> None:
     for key, kv in outcome.kv.items():
         common = min(len(kv), len(expected.kv[key]))
         assert torch.equal(kv[:common], expected.kv[key][:common]), f"the KV of {key} differs"
+
+
+def spy_on_requests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """All requests that an engine takes from here on, in order."""
+    taken: list[Request] = []
+    submit = engine.submit
+
+    def noting(*args: Any) -> Request:
+        taken.append(submit(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(engine, "submit", noting)
+    return taken
+
+
+def reasons(requests: List[Request]) -> list[str | None]:
+    """Why each choice of each request ended in the engine."""
+    return [sequence.finish_reason for request in requests for sequence in request.sequences]
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:

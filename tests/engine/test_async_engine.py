@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.async_engine import AsyncEngine
 from kvant.engine.outputs import Delta
+from kvant.engine.sequence import Request
 from kvant.errors import EngineDeadError, RequestError
-from tests.engine.drive import eventually, text
+from tests.engine.drive import eventually, reasons, spy_on_requests, text
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -27,6 +29,12 @@ def engine(tiny_path) -> Iterator[AsyncEngine]:
     engine = AsyncEngine.from_pretrained(tiny_path, config)
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def taken(engine, monkeypatch) -> list[Request]:
+    """The requests that the engine behind takes."""
+    return spy_on_requests(engine._served.engine, monkeypatch)
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -58,7 +66,7 @@ def test_many_at_once_say_what_each_says_alone(engine):
         assert deltas[-1].finish_reason == "length"
 
 
-def test_a_cancelled_task_frees_what_it_held_whether_it_runs_or_waits(engine):
+def test_a_cancelled_task_frees_what_it_held_whether_it_runs_or_waits(engine, taken):
     async def cancel() -> None:
         tasks = [asyncio.create_task(collect(engine, text(i, 30), ENDLESS)) for i in range(8)]
         while not (engine.stats().running == 4 and engine.stats().waiting == 4):
@@ -69,10 +77,11 @@ def test_a_cancelled_task_frees_what_it_held_whether_it_runs_or_waits(engine):
 
     run(cancel())
     eventually(lambda: freed(engine))
+    assert reasons(taken) == ["abort"] * 8
     assert len(tokens(run(collect(engine, text(1, 5), SHORT)))) == 8
 
 
-def test_a_closed_generator_frees_what_it_held(engine):
+def test_a_closed_generator_frees_what_it_held(engine, taken):
     async def read_one() -> Delta:
         async with aclosing(engine.generate(text(1, 30), ENDLESS)) as deltas:
             async for delta in deltas:
@@ -81,15 +90,23 @@ def test_a_closed_generator_frees_what_it_held(engine):
 
     assert run(read_one()).token_ids
     eventually(lambda: freed(engine))
+    assert reasons(taken) == ["abort"]
 
 
-def test_a_stop_string_stops_the_engine_too(engine):
-    whole = "".join(delta.text for delta in run(collect(engine, text(1, 30), ENDLESS)))
-    stop = whole[12:14]
-    deltas = run(collect(engine, text(1, 30), SamplingParams(temperature=0, ignore_eos=True, stop=stop)))
-    assert "".join(delta.text for delta in deltas) == whole[: whole.index(stop)]
-    assert deltas[-1].finish_reason == "stop"
+def test_a_stop_string_ends_one_choice_in_the_engine_and_leaves_the_others(engine, taken):
+    def say(index: int, deltas: list[Delta]) -> str:
+        return "".join(delta.text for delta in deltas if delta.index == index)
+
+    wish = SamplingParams(seed=1, n=2, max_tokens=300, ignore_eos=True)
+    whole = run(collect(engine, text(1, 30), wish))
+    texts = [say(index, whole) for index in range(2)]
+    stop = next(texts[0][i : i + 3] for i in range(5, 99) if texts[0][i : i + 3] not in texts[1])
+    deltas = run(collect(engine, text(1, 30), replace(wish, stop=stop)))
+    assert [say(index, deltas) for index in range(2)] == [texts[0][: texts[0].index(stop)], texts[1]]
+    ends = {delta.index: delta.finish_reason for delta in deltas if delta.finish_reason}
+    assert ends == {0: "stop", 1: "length"}
     eventually(lambda: freed(engine))
+    assert reasons(taken) == ["length", "length", "abort", "length"]
 
 
 def test_a_prompt_that_cannot_be_served_is_refused_before_anything_comes(engine):

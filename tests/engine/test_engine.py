@@ -35,6 +35,9 @@ class Listener:
     def next(self) -> TokenEvent | Failure:
         return self._events.get(timeout=SECONDS)
 
+    def nothing_more(self) -> bool:
+        return self._events.empty()
+
     def all(self, choices: int = 1) -> list[TokenEvent | Failure]:
         """Everything up to the end of that many choices, or the engine's."""
         events: list[TokenEvent | Failure] = []
@@ -150,9 +153,12 @@ def test_what_cannot_be_served_is_refused_at_once_and_harms_nobody(engine):
 
 
 def test_closing_tells_those_who_run_and_those_who_wait(engine):
+    _, finished = submit(engine, SHORT)
+    assert len(finished.all()) == 5
     listeners = [submit(engine)[1] for _ in range(6)]
     listeners[0].next()
     engine.close()
+    assert finished.nothing_more()
     for listener in listeners:
         assert listener.all()[-1] == Failure("the engine is closed")
     assert not engine.stats().healthy

@@ -68,10 +68,12 @@ def test_prompt_logprobs_in_chunks_among_others_and_after_the_prompt_was_cached(
             assert_prompt(request.prompt_logprobs, tiny_path, list(request.prompt), 4)
 
 
-def test_prompt_logprobs_survive_preemption_in_the_midst_of_the_prompt(tiny_model, tiny_path):
-    core = core_of(tiny_model, max_num_batched_tokens=6, max_model_len=64, num_kv_blocks=8)
-    first = core.request(text(35, 22), SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), lambda *e: None)
-    second = core.request(PROMPT[:40], SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=2), lambda *e: None)
+@pytest.mark.parametrize("budget", [4, 5, 6, 7])
+def test_prompt_logprobs_survive_preemption_in_the_midst_of_the_prompt(tiny_model, tiny_path, budget):
+    core = core_of(tiny_model, max_num_batched_tokens=budget, max_model_len=64, num_kv_blocks=8)
+    prompt = PROMPT[:39]
+    first = core.request(text(35, 23), SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), lambda *e: None)
+    second = core.request(prompt, SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=2), lambda *e: None)
     core.add(first)
     core.add(second)
     partial = 0
@@ -79,10 +81,10 @@ def test_prompt_logprobs_survive_preemption_in_the_midst_of_the_prompt(tiny_mode
         before = core.stats().preemptions
         computed = second.sequences[0].computed
         core.step()
-        if core.stats().preemptions > before and 0 < computed < 40:
+        if core.stats().preemptions > before and 0 < computed < len(prompt):
             partial += 1
     assert partial > 0, "nothing was preempted inside its prompt: the test proves nothing"
-    assert_prompt(second.prompt_logprobs, tiny_path, PROMPT[:40], 2)
+    assert_prompt(second.prompt_logprobs, tiny_path, prompt, 2)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])

@@ -15,7 +15,7 @@ from kvant.errors import ConfigError, EngineDeadError, RequestError
 from kvant.pipelines import DEFAULT_MAX_TOKENS, Pipeline, pipeline
 from kvant.text.chat import render_chat
 from tests.engine.checkpoint import END, write_checkpoint
-from tests.engine.drive import eventually
+from tests.engine.drive import eventually, reasons, spy_on_requests
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -81,27 +81,33 @@ def test_a_stream_is_the_response_in_pieces(pipe):
     assert deltas[-1].usage.completion_tokens == 8
 
 
-def test_a_stream_that_is_closed_frees_what_it_held(pipe):
+def test_a_stream_that_is_closed_frees_what_it_held(pipe, monkeypatch):
+    taken = spy_on_requests(pipe._served.engine, monkeypatch)
     stream = pipe.stream("on and on", SamplingParams(temperature=0, ignore_eos=True))
     assert len(list(islice(stream, 3))) == 3
     stream.close()
     eventually(lambda: freed(pipe))
+    assert reasons(taken) == ["abort"]
 
 
-def test_stop_strings_end_the_engines_work_too(pipe):
+def test_stop_strings_end_the_engines_work_too(pipe, monkeypatch):
     whole = pipe("tell me", SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
     stop = whole.text[5:7]
+    taken = spy_on_requests(pipe._served.engine, monkeypatch)
     cut = pipe("tell me", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True, stop=stop))
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finish_reason == "stop"
     eventually(lambda: freed(pipe))
+    assert reasons(taken) == ["abort"]
 
 
-def test_one_bad_prompt_refuses_the_batch_and_leaves_nothing_running(pipe):
+def test_one_bad_prompt_refuses_the_batch_and_leaves_nothing_running(pipe, monkeypatch):
+    taken = spy_on_requests(pipe._served.engine, monkeypatch)
     for bad, match in (([1] * 400, "400 tokens"), (5, "a prompt is a text"), ([{"role": "clown"}], "clown")):
         with pytest.raises(RequestError, match=match):
             pipe(["fine", bad], SamplingParams(ignore_eos=True))
-    eventually(lambda: freed(pipe))
+    eventually(lambda: freed(pipe) and None not in reasons(taken))
+    assert set(reasons(taken)) <= {"abort"}
 
 
 def test_what_it_shows_of_the_model(pipe, tiny_path):

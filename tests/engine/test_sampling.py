@@ -78,6 +78,13 @@ def test_penalties_and_bias(core, tiny_path, wishes):
     assert output != answer(core, max_tokens=24, ignore_eos=True), "the wish had no effect: the test proves nothing"
 
 
+def test_a_repetition_penalty_pushes_negative_logits_down_too():
+    request = Request((0,), SamplingParams(temperature=0, repetition_penalty=2.0), 0, lambda *event: None)
+    for first, second, expected in ((-1.0, -1.5, 1), (1.0, 0.6, 1), (-1.0, -2.5, 0), (1.0, 0.4, 0)):
+        [drawn] = Sampler(ReferenceOps())(torch.tensor([[first, second]]), request.sequences)
+        assert drawn.token_id == expected
+
+
 def test_a_stop_id_ends_the_output_and_is_its_last_token(core):
     whole = answer(core, max_tokens=10)
     stop = whole[4]

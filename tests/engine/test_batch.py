@@ -1,0 +1,43 @@
+"""A plan as tensors, by hand."""
+
+from __future__ import annotations
+
+from kvant.config import SamplingParams
+from kvant.engine.batch import build_batch
+from kvant.engine.sequence import Plan, Request, Row
+from kvant.models.spec import RopeSpec
+
+BLOCK = 8
+
+
+def row(prompt: int, output: int, blocks: list[int], start: int, stop: int) -> Row:
+    """Tokens count up from 100 in the prompt, from 200 in the output."""
+    request = Request(tuple(range(100, 100 + prompt)), SamplingParams(), 0, lambda *event: None)
+    [sequence] = request.sequences
+    sequence.output, sequence.blocks, sequence.computed = list(range(200, 200 + output)), blocks, start
+    return Row(sequence, start, stop, ())
+
+
+PLAN = Plan((row(10, 3, [5, 2], 12, 13), row(20, 0, [7, 0, 4], 6, 17)), ())
+
+
+def test_every_token_knows_its_place():
+    batch = build_batch(PLAN, BLOCK, None)
+    assert batch.ids.tolist() == [202, *range(106, 117)]
+    assert batch.attention.positions.tolist() == [12, *range(6, 17)]
+    expected = [2 * BLOCK + 4, *(7 * BLOCK + i for i in (6, 7)), *range(8), 4 * BLOCK]
+    assert batch.attention.slots.tolist() == expected
+    assert batch.attention.query_starts == (0, 1, 12)
+    assert batch.attention.context_lens == (13, 17)
+    assert [table[:n] for table, n in zip(batch.attention.block_tables.tolist(), (2, 3), strict=True)] == [
+        [5, 2],
+        [7, 0, 4],
+    ]
+    assert batch.rope_lengths.tolist() == [13, *range(7, 18)]
+
+
+def test_where_rotation_depends_on_the_prompt_its_tokens_share_the_prompts_length():
+    dynamic = build_batch(PLAN, BLOCK, RopeSpec(dim=4, kind="dynamic", original_length=8))
+    assert dynamic.rope_lengths.tolist() == [13, *[20] * 11]
+    qwen = build_batch(PLAN, BLOCK, RopeSpec(dim=4, kind="qwen", original_length=8))
+    assert qwen.rope_lengths.tolist() == [10, *[20] * 11]
