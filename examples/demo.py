@@ -26,7 +26,7 @@ def capacity(memory: MemoryReport) -> Table:
     for name in ("fp16", "int8", "int4"):
         tokens = memory.tokens_in(name)
         table.add_row(
-            name, f"{tokens:,}", f"{tokens / baseline:.2f}x", style="bold" if name == memory.format.name else None
+            name, f"{tokens:,}", f"{tokens / baseline:.2f}x", style="bold" if name == memory.plan.name else None
         )
     return table
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
-from kvant.formats.kv import resolve_kv_format
+from kvant.formats.kv import KVPlan, resolve_kv_format
 from kvant.kernels.ops import AttentionBatch
 from kvant.kernels.reference import ReferenceOps
 from kvant.models.decoder import Decoder
@@ -21,13 +22,19 @@ BLOCK_SIZE = 16
 class SingleText:
     """One sequence in a store of its own, its blocks deliberately out of order."""
 
-    def __init__(self, decoder: Decoder, prompt_length: int, capacity: int, kv_cache_dtype: str = "fp32") -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompt_length: int,
+        capacity: int,
+        kv_cache_dtype: str = "fp32",
+        kv: KVPlan | None = None,
+    ) -> None:
         self._decoder = decoder
         self._prompt_length = prompt_length
-        blocks = -(-capacity // BLOCK_SIZE)
-        self.store = KVStore.allocate(
-            decoder.spec.kv_shape, resolve_kv_format(kv_cache_dtype, torch.float32), blocks, BLOCK_SIZE
-        )
+        plan = kv or KVPlan.uniform(resolve_kv_format(kv_cache_dtype, torch.float32), len(decoder.spec.layers))
+        blocks = Paging(BLOCK_SIZE, plan.lead).blocks_for(capacity)
+        self.store = KVStore.allocate(decoder.spec.kv_shape, plan, blocks, BLOCK_SIZE)
         self._table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))
         self._computed = 0
 
@@ -35,9 +42,10 @@ class SingleText:
         """Logits [len(ids), vocab] of the next tokens."""
         start, stop = self._computed, self._computed + len(ids)
         positions = torch.arange(start, stop)
+        slots = positions + self.store.paging.lead
         batch = AttentionBatch(
             positions=positions,
-            slots=self._table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
+            slots=self._table[slots // BLOCK_SIZE] * BLOCK_SIZE + slots % BLOCK_SIZE,
             query_starts=(0, len(ids)),
             context_lens=(stop,),
             block_tables=self._table.unsqueeze(0),

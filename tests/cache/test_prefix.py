@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from kvant.cache.blocks import BlockPool
+from kvant.cache.blocks import BlockPool, Paging
 from kvant.cache.prefix import Match, PrefixTree
 
 SIZE = 4
@@ -93,7 +93,7 @@ MOVES = st.lists(
 @given(moves=MOVES)
 def test_it_knows_finds_and_forgets_what_it_should(moves):
     pool = BlockPool(400)
-    tree, naive = PrefixTree(pool, SIZE), NaiveTree()
+    tree, naive = PrefixTree(pool, Paging(SIZE)), NaiveTree()
     held: list[int] = []
     for move, text, salt in moves:
         if move == "insert":
@@ -155,7 +155,7 @@ def known(pool: BlockPool, tree: PrefixTree, text: list[int]) -> list[int]:
 
 def test_the_least_recently_used_end_goes_first_and_a_beginning_after_all_its_ends():
     pool = BlockPool(10)
-    tree = PrefixTree(pool, SIZE)
+    tree = PrefixTree(pool, Paging(SIZE))
     start, first = known(pool, tree, [1] * 8)
     _, second = known(pool, tree, [1] * 4 + [2] * 4)
     [other] = known(pool, tree, [3] * 3)
@@ -169,7 +169,7 @@ def test_the_least_recently_used_end_goes_first_and_a_beginning_after_all_its_en
 
 def test_what_is_inserted_again_was_used_again():
     pool = BlockPool(6)
-    tree = PrefixTree(pool, SIZE)
+    tree = PrefixTree(pool, Paging(SIZE))
     for start in (1, 2, 1):
         known(pool, tree, [start] * 8)
     tree.evict()
@@ -178,7 +178,7 @@ def test_what_is_inserted_again_was_used_again():
 
 def test_what_somebody_holds_stays():
     pool = BlockPool(4)
-    tree = PrefixTree(pool, SIZE)
+    tree = PrefixTree(pool, Paging(SIZE))
     blocks = known(pool, tree, [1] * 6)
     pool.share(blocks[1])
     assert not tree.evict()
@@ -189,7 +189,7 @@ def test_what_somebody_holds_stays():
 
 def test_a_longer_text_replaces_the_partly_filled_end_it_continues():
     pool = BlockPool(9)
-    tree = PrefixTree(pool, SIZE)
+    tree = PrefixTree(pool, Paging(SIZE))
     known(pool, tree, [1] * 6)
     known(pool, tree, [1] * 7)
     assert len(tree) == 2
@@ -203,7 +203,7 @@ def test_a_longer_text_replaces_the_partly_filled_end_it_continues():
 def test_many_texts_of_one_beginning_are_found_quickly():
     """Looking a text up takes steps for its own blocks, not for all that is known."""
     pool = BlockPool(3000)
-    tree = PrefixTree(pool, SIZE)
+    tree = PrefixTree(pool, Paging(SIZE))
     for i in range(2000):
         known(pool, tree, [0, i % 50, i // 50])
     for i in range(0, 2000, 97):

@@ -10,10 +10,10 @@ from hypothesis import given
 from kvant.cache.store import KVStore, MemoryReport, fit_pool
 from kvant.config import EngineConfig
 from kvant.errors import MemoryFitError
-from kvant.formats.kv import KV_FORMATS, KVShape
+from kvant.formats.kv import KV_FORMATS, KVPlan, KVShape
 
 SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=64)
-INT4 = KV_FORMATS["int4"]
+INT4 = KVPlan.uniform(KV_FORMATS["int4"], 3)
 MIB = 2**20
 
 
@@ -29,8 +29,9 @@ def block_bytes(block_size: int = 16, shape: KVShape = SHAPE) -> int:
     block_size=st.sampled_from((8, 16)),
 )
 def test_the_reported_bytes_are_those_allocated(name, shape, blocks, block_size):
-    store = KVStore.allocate(shape, KV_FORMATS[name], blocks, block_size)
-    report = MemoryReport(shape, KV_FORMATS[name], blocks, block_size)
+    plan = KVPlan.uniform(KV_FORMATS[name], shape.num_layers)
+    store = KVStore.allocate(shape, plan, blocks, block_size)
+    report = MemoryReport(shape, plan, blocks, block_size)
     allocated = sum(plane.nbytes for layer in store.layers for plane in layer.planes.values())
     assert report.pool_bytes == allocated == report.tokens * report.bytes_per_token
     assert len(store.layers) == shape.num_layers
@@ -47,7 +48,7 @@ def test_layers_share_no_memory():
 
 @pytest.mark.parametrize("name", ["fp32", "int4"])
 def test_blocks_are_copied_whole_and_in_order(name):
-    store = KVStore.allocate(SHAPE, KV_FORMATS[name], 4, 8)
+    store = KVStore.allocate(SHAPE, KVPlan.uniform(KV_FORMATS[name], 3), 4, 8)
     planes = [plane for layer in store.layers for plane in layer.planes.values()]
     for plane in planes:
         plane.copy_(torch.arange(4).view(4, *[1] * (plane.dim() - 1)).expand_as(plane))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from kvant.cache.blocks import BlockPool
+from kvant.cache.blocks import BlockPool, Paging
 from kvant.cache.prefix import PrefixTree
 from kvant.config import SamplingParams
 from kvant.engine.scheduler import Scheduler
@@ -27,6 +27,11 @@ class Limits:
     max_num_seqs: int
     budget: int
     caching: bool
+    lead: int = 0
+
+    @property
+    def paging(self) -> Paging:
+        return Paging(self.block_size, self.lead)
 
 
 def drawn(request: Request, index: int, position: int) -> int:
@@ -46,11 +51,11 @@ class Simulation:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks)
-        self.tree = PrefixTree(self.pool, limits.block_size) if limits.caching else None
+        self.tree = PrefixTree(self.pool, limits.paging) if limits.caching else None
         self.scheduler = Scheduler(
             self.pool,
             self.tree,
-            block_size=limits.block_size,
+            paging=limits.paging,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.budget,
             max_model_len=limits.max_model_len,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvant.cache.blocks import Paging
 from kvant.config import SamplingParams
 from kvant.engine.batch import build_batch
 from kvant.engine.sequence import Plan, Request, Row
@@ -22,7 +23,7 @@ PLAN = Plan((row(10, 3, [5, 2], 12, 13), row(20, 0, [7, 0, 4], 6, 17)), ())
 
 
 def test_every_token_knows_its_place():
-    batch = build_batch(PLAN, BLOCK, None)
+    batch = build_batch(PLAN, Paging(BLOCK), None)
     assert batch.ids.tolist() == [202, *range(106, 117)]
     assert batch.attention.positions.tolist() == [12, *range(6, 17)]
     expected = [2 * BLOCK + 4, *(7 * BLOCK + i for i in (6, 7)), *range(8), 4 * BLOCK]
@@ -37,7 +38,7 @@ def test_every_token_knows_its_place():
 
 
 def test_where_rotation_depends_on_the_prompt_its_tokens_share_the_prompts_length():
-    dynamic = build_batch(PLAN, BLOCK, RopeSpec(dim=4, kind="dynamic", original_length=8))
+    dynamic = build_batch(PLAN, Paging(BLOCK), RopeSpec(dim=4, kind="dynamic", original_length=8))
     assert dynamic.rope_lengths.tolist() == [13, *[20] * 11]
-    qwen = build_batch(PLAN, BLOCK, RopeSpec(dim=4, kind="qwen", original_length=8))
+    qwen = build_batch(PLAN, Paging(BLOCK), RopeSpec(dim=4, kind="qwen", original_length=8))
     assert qwen.rope_lengths.tolist() == [10, *[20] * 11]

@@ -112,7 +112,7 @@ def test_one_bad_prompt_refuses_the_batch_and_leaves_nothing_running(pipe, monke
 
 def test_what_it_shows_of_the_model(pipe, tiny_path):
     assert pipe.model_name == str(tiny_path)
-    assert (pipe.max_model_len, pipe.memory.num_blocks, pipe.memory.format.name) == (400, 100, "int4")
+    assert (pipe.max_model_len, pipe.memory.num_blocks, pipe.memory.plan.name) == (400, 100, "int4")
     assert pipe.default_sampling == SamplingParams(max_tokens=DEFAULT_MAX_TOKENS)
 
 
@@ -130,7 +130,7 @@ def test_the_checkpoints_recommendation_is_the_default(tmp_path):
 
 def test_quant_policy_is_heard_and_must_not_contradict(tiny_path):
     with pipeline(tiny_path, engine=EngineConfig(num_kv_blocks=8), quant_policy=8) as pipe:
-        assert pipe.memory.format.name == "int8"
+        assert pipe.memory.plan.name == "int8"
     with pytest.raises(ConfigError, match="quant_policy=8"):
         pipeline(tiny_path, engine=CONFIG, quant_policy=8)
 

@@ -9,7 +9,9 @@ from hypothesis import given
 from torch import Tensor
 
 from kvant.errors import ConfigError
-from kvant.formats.kv import KV_FORMATS, NO_STATS, AffineCodec, FloatCodec, KVLayer, KVShape, Planes, resolve_kv_format
+from kvant.formats.kv import KV_FORMATS, KVLayer, KVShape, LayerPlan, resolve_kv_format
+from kvant.formats.kv_codecs import AffineCodec, FloatCodec, Planes
+from kvant.formats.kv_stats import NO_STATS
 
 HALF_LIMIT, HALF_STEP, HALF_TINY = 65504.0, 2.0**-11, 2.0**-25  # float16: largest, rounding relative and absolute
 AFFINE = [AffineCodec(8), AffineCodec(4)]
@@ -178,7 +180,7 @@ def test_an_unknown_format_names_those_there_are():
 
 def test_a_layer_shows_each_codec_its_own_planes():
     planes = {plane.name: torch.zeros(1, 1, 8, *plane.shape) for plane in KV_FORMATS["int4"].planes(16)}
-    layer = KVLayer(KV_FORMATS["int4"], 8, planes)
+    layer = KVLayer(LayerPlan(KV_FORMATS["int4"]), 8, 0, planes)
     assert layer.side("key").keys() == layer.side("value").keys() == {"codes", "affine"}
     assert layer.side("key")["codes"] is planes["key.codes"]
     assert layer.side("value")["affine"] is planes["value.affine"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
-from kvant.formats.kv import NO_STATS, KVFormat, KVLayer, KVShape
+from kvant.formats.kv import SINK_SPAN, KVFormat, KVLayer, KVPlan, KVShape
 from kvant.kernels.ops import AttentionBatch
 
 
@@ -36,12 +38,15 @@ def scene(
 ) -> Scene:
     """Sequences of (tokens known before, tokens of this step), their blocks anywhere in the pool."""
     generator = torch.Generator().manual_seed(seed)
+    plan = KVPlan.uniform(fmt, 1)
+    paging = Paging(block_size, plan.lead)
     contexts = [before + new for before, new in lengths]
-    counts = [-(-context // block_size) for context in contexts]
-    store = KVStore.allocate(KVShape(1, kv_heads, head_dim), fmt, sum(counts) + 3, block_size)
+    counts = [paging.blocks_for(context) for context in contexts]
+    store = KVStore.allocate(KVShape(1, kv_heads, head_dim), plan, sum(counts) + 3, block_size)
     cache = store.layers[0]
     every = torch.arange((sum(counts) + 3) * block_size)
-    write(cache, every, 50 * torch.randn(2, kv_heads, len(every), head_dim, generator=generator), every)
+    noise = 50 * torch.randn(2, kv_heads, len(every), head_dim, generator=generator)
+    cache.write(*noise, every, every + fmt.sinks)
     free = torch.randperm(sum(counts) + 3, generator=generator).split([*counts, 3])
     tables = torch.full((len(lengths), max(counts) + 1), int(free[-1][0]))
     for row, blocks in enumerate(free[:-1]):
@@ -49,17 +54,22 @@ def scene(
     keys, values = [], []
     for row, context in enumerate(contexts):
         positions = torch.arange(context)
-        slots = tables[row, positions // block_size] * block_size + positions % block_size
-        write(cache, slots, torch.randn(2, kv_heads, context, head_dim, generator=generator), positions)
-        for kept, found in zip((keys, values), read(cache, slots, positions), strict=True):
-            kept.append(found)
-    return Scene(cache, _batch(lengths, tables, block_size), keys, values)
+        vectors = torch.randn(2, kv_heads, context, head_dim, generator=generator)
+        cache.write(*vectors, _slots(tables[row], positions, paging), positions)
+        keys.append(cache.read("key", tables[row])[:, :context])
+        values.append(cache.read("value", tables[row])[:, :context])
+    return Scene(cache, _batch(lengths, tables, paging), keys, values)
 
 
-def _batch(lengths: list[tuple[int, int]], tables: Tensor, block_size: int) -> AttentionBatch:
+def _slots(table: Tensor, positions: Tensor, paging: Paging) -> Tensor:
+    numbers = positions + paging.lead
+    return table[numbers // paging.block_size] * paging.block_size + numbers % paging.block_size
+
+
+def _batch(lengths: list[tuple[int, int]], tables: Tensor, paging: Paging) -> AttentionBatch:
     positions = [torch.arange(before, before + new) for before, new in lengths]
     starts = torch.tensor([0, *(new for _, new in lengths)]).cumsum(0)
-    slots = [tables[row, p // block_size] * block_size + p % block_size for row, p in enumerate(positions)]
+    slots = [_slots(tables[row], p, paging) for row, p in enumerate(positions)]
     return AttentionBatch(
         positions=torch.cat(positions),
         slots=torch.cat(slots),
@@ -69,20 +79,18 @@ def _batch(lengths: list[tuple[int, int]], tables: Tensor, block_size: int) -> A
     )
 
 
-def write(cache: KVLayer, slots: Tensor, vectors: Tensor, positions: Tensor) -> None:
-    """Store keys and values, stacked [2, G, tokens, D], at these slots."""
-    for side, codec, x in (("key", cache.format.key, vectors[0]), ("value", cache.format.value, vectors[1])):
-        for name, codes in codec.encode(x, positions, NO_STATS).items():
-            plane = cache.side(side)[name]
-            for token, slot in enumerate(slots.tolist()):
-                plane[slot // cache.block_size, :, slot % cache.block_size] = codes[:, token]
+def step_kv(it: Scene, cache: KVLayer) -> tuple[Tensor, Tensor]:
+    """Keys and values that a cache laid out like the scene's holds for the step's own tokens, each [G, T, D]."""
+    spans = zip(it.batch.block_tables, pairwise(it.batch.query_starts), it.batch.context_lens, strict=True)
+    pieces = [(table, slice(end - (stop - start), end)) for table, (start, stop), end in spans]
+    keys, values = (
+        torch.cat([cache.read(side, table)[:, new] for table, new in pieces], dim=1) for side in ("key", "value")
+    )
+    return keys, values
 
 
-def read(cache: KVLayer, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values at these slots, decoded, each [G, tokens, D]."""
-    found = []
-    for side, codec in (("key", cache.format.key), ("value", cache.format.value)):
-        block, offset = slots // cache.block_size, slots % cache.block_size
-        planes = {name: plane[block, :, offset].transpose(0, 1) for name, plane in cache.side(side).items()}
-        found.append(codec.decode(planes, positions, NO_STATS))
-    return found[0], found[1]
+def step_slots(it: Scene) -> Tensor:
+    """The slots that the step may write."""
+    slots, positions, sinks = it.batch.slots, it.batch.positions, it.cache.format.sinks
+    first = (slots - it.cache.lead - positions + SINK_SPAN * positions)[positions < sinks]
+    return torch.cat([slots[positions >= sinks], (first.unsqueeze(1) + torch.arange(SINK_SPAN)).flatten()])

@@ -1,6 +1,38 @@
-"""Which blocks are whose: ids and reference counts. No torch, no memory."""
+"""Which blocks are whose, and which tokens lie in them: ids, reference counts, plain integers. No torch, no memory."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Paging:
+    """Where a sequence's tokens lie: token m in slot m + lead of its blocks, counted through them in order.
+
+    Attributes:
+        block_size: slots of a block.
+        lead: slots at the beginning of a sequence's first block that its first tokens take beyond one each; less than
+            `block_size`. See `kvant.formats.kv`.
+    """
+
+    block_size: int
+    lead: int = 0
+
+    def block_of(self, position: int) -> int:
+        """Which of the sequence's blocks holds the token at `position`."""
+        return (position + self.lead) // self.block_size
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that the first `tokens` tokens need."""
+        return -(-(tokens + self.lead) // self.block_size) if tokens else 0
+
+    def full_blocks(self, tokens: int) -> int:
+        """Blocks that the first `tokens` tokens fill to the end."""
+        return (tokens + self.lead) // self.block_size
+
+    def capacity(self, blocks: int) -> int:
+        """Tokens that the first `blocks` blocks hold."""
+        return max(blocks * self.block_size - self.lead, 0)
 
 
 class BlockPool:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kvant.cache.blocks import BlockPool
+from kvant.cache.blocks import BlockPool, Paging
 
 Tokens = tuple[int, ...]
 
@@ -37,9 +37,9 @@ class Match:
 class PrefixTree:
     """Known prefixes over a pool of blocks. `salt` separates texts whose equal tokens have different KV."""
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(self, pool: BlockPool, paging: Paging) -> None:
         self._pool = pool
-        self._block_size = block_size
+        self._paging = paging
         self._roots: dict[Hashable, _Node] = {}
         # Least recently used first; a child always comes before its parent.
         self._recent: OrderedDict[_Node, None] = OrderedDict()
@@ -54,14 +54,14 @@ class PrefixTree:
         blocks: list[int] = []
         length = 0
         while node is not None and length < len(tokens):
-            piece = tuple(tokens[length : length + self._block_size])
-            child, common = _closest_child(node, piece)
+            end = self._paging.capacity(len(blocks) + 1)
+            child, common = _closest_child(node, tuple(tokens[length:end]))
             if child is None:
                 break
             blocks.append(child.block)
             length += common
             deepest = child
-            node = child if common == self._block_size else None
+            node = child if length == end else None
         self._touch(deepest)
         return Match(tuple(blocks), length)
 
@@ -74,7 +74,7 @@ class PrefixTree:
         node = self._roots.setdefault(salt, _Node((), -1, None))
         kept: list[int] = []
         for index, block in enumerate(blocks):
-            piece = tuple(tokens[index * self._block_size : (index + 1) * self._block_size])
+            piece = tuple(tokens[self._paging.capacity(index) : self._paging.capacity(index + 1)])
             child, common = _closest_child(node, piece)
             if child is None or common < len(piece):
                 child = self._add(node, piece, block)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvant.cache.blocks import Paging
 from kvant.config import EngineConfig
 from kvant.errors import MemoryFitError
-from kvant.formats.kv import KVFormat, KVLayer, KVShape, Planes, resolve_kv_format
+from kvant.formats.kv import KVLayer, KVPlan, KVShape, LayerPlan, resolve_kv_format
 
 AUTOMATIC_FRACTION = 0.5
 
@@ -21,35 +22,41 @@ class MemoryReport:
     """What the pool holds, in numbers a user can check."""
 
     shape: KVShape
-    format: KVFormat
+    plan: KVPlan
     num_blocks: int
     block_size: int
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes one token takes in all layers, scales and zeros included."""
-        return self.format.bytes_per_token(self.shape)
+        return self.plan.bytes_per_token(self.shape)
+
+    @property
+    def paging(self) -> Paging:
+        """Where a sequence's tokens lie in its blocks."""
+        return Paging(self.block_size, self.plan.lead)
 
     @property
     def tokens(self) -> int:
-        """Tokens the pool holds."""
-        return self.num_blocks * self.block_size
+        """Tokens of one sequence that the pool holds."""
+        return self.paging.capacity(self.num_blocks)
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of the whole pool."""
-        return self.tokens * self.bytes_per_token
+        return self.num_blocks * self.block_size * self.bytes_per_token
 
     def tokens_in(self, format_name: str) -> int:
         """Tokens the same bytes would hold in another format."""
-        other = resolve_kv_format(format_name, torch.float32)
-        return self.pool_bytes // (other.bytes_per_token(self.shape) * self.block_size) * self.block_size
+        other = KVPlan.uniform(resolve_kv_format(format_name, torch.float32), self.shape.num_layers)
+        one_block = replace(self, plan=other, num_blocks=1)
+        return replace(one_block, num_blocks=self.pool_bytes // one_block.pool_bytes).tokens
 
     def describe(self) -> str:
         """The one log line that explains the memory."""
         gain = self.tokens / max(self.tokens_in("fp16"), 1)
         return (
-            f"KV cache {self.format.name}: {self.bytes_per_token:,} bytes per token; {_mib(self.pool_bytes)} in "
+            f"KV cache {self.plan.name}: {self.bytes_per_token:,} bytes per token; {_mib(self.pool_bytes)} in "
             f"{self.num_blocks:,} blocks of {self.block_size} hold {self.tokens:,} tokens, "
             f"{gain:.2f}x as many as 16 bit"
         )
@@ -58,11 +65,12 @@ class MemoryReport:
 class KVStore:
     """The pool. `layers[i].planes[name]` is [num_blocks, num_kv_heads, block_size, *plane.shape]."""
 
-    def __init__(self, layers: Sequence[KVLayer]) -> None:
+    def __init__(self, layers: Sequence[KVLayer], paging: Paging) -> None:
         self.layers = tuple(layers)
+        self.paging = paging
 
     @classmethod
-    def allocate(cls, shape: KVShape, fmt: KVFormat, num_blocks: int, block_size: int) -> KVStore:
+    def allocate(cls, shape: KVShape, plan: KVPlan, num_blocks: int, block_size: int) -> KVStore:
         """A zeroed pool, whose pages become resident when they are first written.
 
         Raises:
@@ -70,13 +78,15 @@ class KVStore:
         """
         lead = (num_blocks, shape.num_kv_heads, block_size)
 
-        def planes() -> Planes:
-            return {p.name: _lazy_zeros((*lead, *p.shape), p.dtype) for p in fmt.planes(shape.head_dim)}
+        def layer(layer_plan: LayerPlan) -> KVLayer:
+            planes = layer_plan.format.planes(shape.head_dim)
+            data = {p.name: _lazy_zeros((*lead, *p.shape), p.dtype) for p in planes}
+            return KVLayer(layer_plan, block_size, plan.lead, data)
 
         try:
-            return cls([KVLayer(fmt, block_size, planes()) for _ in range(shape.num_layers)])
+            return cls([layer(layer_plan) for layer_plan in plan.layers], Paging(block_size, plan.lead))
         except MemoryError as error:
-            size = MemoryReport(shape, fmt, num_blocks, block_size).pool_bytes
+            size = MemoryReport(shape, plan, num_blocks, block_size).pool_bytes
             raise MemoryFitError(
                 f"the system refused {_mib(size)} for the KV cache; lower kv_cache_memory, or use kv_cache_dtype='int4'"
             ) from error
@@ -89,7 +99,7 @@ class KVStore:
                     plane[target] = plane[source]
 
 
-def fit_pool(config: EngineConfig, shape: KVShape, fmt: KVFormat, max_position: int, free: int) -> MemoryReport:
+def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: int, free: int) -> MemoryReport:
     """How many blocks the pool gets.
 
     Given as num_kv_blocks or kv_cache_memory it is that; otherwise half of the free memory, and no more than
@@ -98,16 +108,16 @@ def fit_pool(config: EngineConfig, shape: KVShape, fmt: KVFormat, max_position: 
     Args:
         config: the engine's.
         shape: the model's.
-        fmt: the KV format.
+        plan: how each layer keeps its KV.
         max_position: the model's longest context.
         free: bytes available now, the weights already loaded.
 
     Raises:
         MemoryFitError: the request exceeds the free memory, or not even one sequence of max_model_len fits.
     """
-    block_bytes = MemoryReport(shape, fmt, 1, config.block_size).pool_bytes
+    block_bytes = MemoryReport(shape, plan, 1, config.block_size).pool_bytes
     longest = config.max_model_len or max_position
-    blocks_per_sequence = -(-longest // config.block_size)
+    blocks_per_sequence = Paging(config.block_size, plan.lead).blocks_for(longest)
     budget = config.kv_cache_memory
     if config.num_kv_blocks is not None:
         blocks = config.num_kv_blocks
@@ -117,7 +127,7 @@ def fit_pool(config: EngineConfig, shape: KVShape, fmt: KVFormat, max_position: 
     else:
         assert not isinstance(budget, str), "EngineConfig parses sizes"
         blocks = int(free * budget if isinstance(budget, float) else budget) // block_bytes
-    report = MemoryReport(shape, fmt, blocks, config.block_size)
+    report = MemoryReport(shape, plan, blocks, config.block_size)
     _check_fit(config, report, free)
     return report
 

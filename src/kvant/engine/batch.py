@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from kvant.cache.blocks import Paging
 from kvant.engine.sequence import Plan, Row
 from kvant.kernels.ops import AttentionBatch
 from kvant.models.rope import rope_length
@@ -23,16 +24,17 @@ class Batch:
     rope_lengths: Tensor
 
 
-def build_batch(plan: Plan, block_size: int, rope: RopeSpec | None) -> Batch:
+def build_batch(plan: Plan, paging: Paging, rope: RopeSpec | None) -> Batch:
     """The tensors of a step; `rope` is the rotary embedding that depends on the prompt's length, if there is one."""
     rows = plan.rows
     positions = torch.cat([torch.arange(row.start, row.stop) for row in rows])
+    slots, block_size = positions + paging.lead, paging.block_size
     width = max(len(row.sequence.blocks) for row in rows)
     tables = torch.tensor([row.sequence.blocks + [0] * (width - len(row.sequence.blocks)) for row in rows])
     owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([row.stop - row.start for row in rows]))
     attention = AttentionBatch(
         positions=positions,
-        slots=tables[owner, positions // block_size] * block_size + positions % block_size,
+        slots=tables[owner, slots // block_size] * block_size + slots % block_size,
         query_starts=tuple(accumulate((row.stop - row.start for row in rows), initial=0)),
         context_lens=tuple(row.stop for row in rows),
         block_tables=tables,

@@ -15,7 +15,7 @@ from kvant.engine.runner import Runner
 from kvant.engine.scheduler import Scheduler
 from kvant.engine.sequence import Request, Sink, TokenEvent
 from kvant.errors import ConfigError, RequestError
-from kvant.formats.kv import resolve_kv_format
+from kvant.formats.kv import KVPlan, resolve_kv_format
 from kvant.weights.load import LoadedModel
 
 
@@ -39,15 +39,19 @@ class Core:
         model: ready to run.
         config: limits, KV format and memory.
         end_ids: ids that end a text by the tokenizer, beside those that the model's configs name.
+        kv: how each layer keeps its KV; None takes the config's kv_cache_dtype everywhere, without statistics.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig, end_ids: List[int] = ()) -> None:
-        spec, fmt = model.spec, resolve_kv_format(config.kv_cache_dtype, model.dtype)
+    def __init__(
+        self, model: LoadedModel, config: EngineConfig, end_ids: List[int] = (), kv: KVPlan | None = None
+    ) -> None:
+        spec = model.spec
+        plan = kv or KVPlan.uniform(resolve_kv_format(config.kv_cache_dtype, model.dtype), len(spec.layers))
         if config.max_model_len is not None and config.max_model_len > spec.max_position:
             raise ConfigError(
                 f"max_model_len={config.max_model_len} exceeds the {spec.max_position} tokens this model is made for"
             )
-        self.memory: MemoryReport = fit_pool(config, spec.kv_shape, fmt, spec.max_position, available_memory())
+        self.memory: MemoryReport = fit_pool(config, spec.kv_shape, plan, spec.max_position, available_memory())
         self.max_model_len = config.max_model_len or min(spec.max_position, self.memory.tokens)
         self.prefix_caching = config.enable_prefix_caching
         self._model = model
@@ -56,17 +60,17 @@ class Core:
         self._max_num_seqs = config.max_num_seqs
         self._seeds = random.Random(config.seed)
         self._pool = BlockPool(self.memory.num_blocks)
-        self._tree = PrefixTree(self._pool, config.block_size) if config.enable_prefix_caching else None
+        self._tree = PrefixTree(self._pool, self.memory.paging) if config.enable_prefix_caching else None
         self._scheduler = Scheduler(
             self._pool,
             self._tree,
-            block_size=config.block_size,
+            paging=self.memory.paging,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
-        self.store = KVStore.allocate(spec.kv_shape, fmt, self.memory.num_blocks, config.block_size)
-        self._runner = Runner(model.decoder, self.store, config.block_size)
+        self.store = KVStore.allocate(spec.kv_shape, plan, self.memory.num_blocks, config.block_size)
+        self._runner = Runner(model.decoder, self.store)
 
     def request(self, prompt: List[int], sampling: SamplingParams, sink: Sink) -> Request:
         """A request that this engine can serve, not yet queued. Safe to call from any thread.

@@ -19,17 +19,16 @@ _LOGIT_ROWS_AT_ONCE = 64  # bounds the logits of prompt_logprobs
 class Runner:
     """A decoder with its KV store."""
 
-    def __init__(self, decoder: Decoder, store: KVStore, block_size: int) -> None:
+    def __init__(self, decoder: Decoder, store: KVStore) -> None:
         self._decoder = decoder
         self._store = store
-        self._block_size = block_size
         self._sampler = Sampler(decoder.ops)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Sampled]:
         """Compute the plan's tokens, write their KV, and draw the tokens it asks for."""
         self._store.copy_blocks(plan.copies)
-        batch = build_batch(plan, self._block_size, self._decoder.spec.length_rope)
+        batch = build_batch(plan, self._store.paging, self._decoder.spec.length_rope)
         hidden = self._decoder.forward(batch.ids, batch.attention, batch.rope_lengths, self._store.layers)
         spans = list(pairwise(batch.attention.query_starts))
         for row, (start, stop) in zip(plan.rows, spans, strict=True):

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from kvant.cache.blocks import BlockPool
+from kvant.cache.blocks import BlockPool, Paging
 from kvant.cache.prefix import PrefixTree
 from kvant.engine.outputs import FinishReason
 from kvant.engine.sequence import Plan, Request, Row, Sampled, Sequence, TokenEvent
@@ -22,7 +22,7 @@ class Scheduler:
     Args:
         pool: the blocks; it must hold at least `max_model_len` tokens, so that one sequence can always run.
         tree: known prefixes in these blocks, or None to share nothing between requests.
-        block_size: tokens of a block.
+        paging: where a sequence's tokens lie in its blocks.
         max_num_seqs: sequences that may run at once.
         max_num_batched_tokens: budget of a step.
         max_model_len: longest sequence.
@@ -33,14 +33,14 @@ class Scheduler:
         pool: BlockPool,
         tree: PrefixTree | None,
         *,
-        block_size: int,
+        paging: Paging,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
     ) -> None:
         self._pool = pool
         self._tree = tree
-        self._block_size = block_size
+        self._paging = paging
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
         self._max_model_len = max_model_len
@@ -145,13 +145,13 @@ class Scheduler:
             self._pool.share(block)
         sequence.blocks = list(match.blocks)
         sequence.computed = match.length
-        sequence.cached_blocks = match.length // self._block_size
+        sequence.cached_blocks = self._paging.full_blocks(match.length)
 
     def _reserve(self, sequence: Sequence, upto: int, copies: list[tuple[int, int]]) -> bool:
         """Blocks for the tokens [computed, upto), all or none. A shared block is copied before it is written."""
-        partial = sequence.computed // self._block_size
+        partial = self._paging.block_of(sequence.computed)
         shared = partial < len(sequence.blocks) and self._pool.references(sequence.blocks[partial]) > 1
-        needed = -(-upto // self._block_size) - len(sequence.blocks) + shared
+        needed = self._paging.blocks_for(upto) - len(sequence.blocks) + shared
         taken = self._take(needed)
         if taken is None:
             return False
@@ -178,11 +178,11 @@ class Scheduler:
 
     def _remember_full_blocks(self, sequence: Sequence) -> None:
         """Let the tree know newly filled blocks. Where it has one of equal content, the sequence adopts that."""
-        full = sequence.computed // self._block_size
+        full = self._paging.full_blocks(sequence.computed)
         if self._tree is None or full <= sequence.cached_blocks:
             return
         known = self._tree.insert(
-            sequence.tokens(0, full * self._block_size), sequence.blocks[:full], sequence.request.salt
+            sequence.tokens(0, self._paging.capacity(full)), sequence.blocks[:full], sequence.request.salt
         )
         for index, block in enumerate(known):
             if block != sequence.blocks[index]:
@@ -241,7 +241,7 @@ class Scheduler:
     def _remember_tail(self, sequence: Sequence) -> None:
         """An ended text is known to its last computed token, so that a next turn goes on from there."""
         if self._tree is not None and sequence.computed:
-            used = -(-sequence.computed // self._block_size)
+            used = self._paging.blocks_for(sequence.computed)
             self._tree.insert(sequence.tokens(0, sequence.computed), sequence.blocks[:used], sequence.request.salt)
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -1,129 +1,27 @@
-"""KV-cache formats: what is stored for a token, and how to turn vectors into it and back.
+"""KV-cache formats: what each is called and made of, the sizes that follow, and one layer's memory in a format.
 
-A `KVFormat` is a key codec and a value codec. Sizes (bytes per token, block bytes, tokens per budget) derive from
-`planes()` alone. Codes are append-only: `encode` sees each token by itself, so what is written for a token never
-depends on its neighbours, and a prefix-cache hit gives the very bytes of a miss.
+A `KVFormat` is a key codec and a value codec, and how many first tokens of a text (the attention sinks) are kept in 16
+bit instead. A `KVPlan` says which layer has which format. Sizes (bytes per token, block bytes, tokens per budget)
+derive from the codecs' planes alone.
+
+A sequence's tokens lie in the slots of its blocks in order, token m in slot m + lead. The lead is 0, unless a layer
+keeps sinks: one of these takes the code bytes of `SINK_SPAN` slots, so the first lead + sinks slots belong to them.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
-from math import prod
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvant.errors import ConfigError
+from kvant.formats.kv_codecs import AffineCodec, FloatCodec, Plane, Planes, VectorCodec
+from kvant.formats.kv_stats import NO_STATS, LayerStats
 
-Planes = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Plane:
-    """One stored array: `shape` elements of `dtype` for each token of each KV head."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes per token per KV head."""
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """What was measured once for one layer's keys or values (means, balance, static scales); may be empty.
-
-    `values[name]` is a tensor whose first dimension is the KV head.
-    """
-
-    values: dict[str, Tensor] = field(default_factory=dict)
-
-
-NO_STATS = LayerStats()
-
-
-class VectorCodec(ABC):
-    """How one vector (a key or a value of one token and KV head) is stored."""
-
-    @abstractmethod
-    def planes(self, head_dim: int) -> tuple[Plane, ...]:
-        """The arrays that hold one vector of `head_dim` elements."""
-
-    @abstractmethod
-    def encode(self, x: Tensor, positions: Tensor, stats: LayerStats) -> Planes:
-        """Codes of `x`.
-
-        Args:
-            x: [kv_heads, tokens, head_dim], any float dtype, finite; keys come after RoPE.
-            positions: [tokens] int64, each token's position in its own sequence.
-            stats: what was measured for this layer.
-
-        Returns:
-            For each plane name a tensor [kv_heads, tokens, *plane.shape].
-        """
-
-    @abstractmethod
-    def decode(self, planes: Planes, positions: Tensor, stats: LayerStats) -> Tensor:
-        """The inverse of `encode`, up to rounding: float32 [kv_heads, tokens, head_dim]."""
-
-
-@dataclass(frozen=True)
-class FloatCodec(VectorCodec):
-    """The vector itself in a float type; values beyond its range saturate."""
-
-    dtype: torch.dtype
-
-    def planes(self, head_dim: int) -> tuple[Plane, ...]:
-        return (Plane("data", self.dtype, (head_dim,)),)
-
-    def encode(self, x: Tensor, positions: Tensor, stats: LayerStats) -> Planes:
-        limit = torch.finfo(self.dtype).max
-        return {"data": x.float().clamp(-limit, limit).to(self.dtype)}
-
-    def decode(self, planes: Planes, positions: Tensor, stats: LayerStats) -> Tensor:
-        return planes["data"].float()
-
-
-@dataclass(frozen=True)
-class AffineCodec(VectorCodec):
-    """Asymmetric integers, one scale and zero over the whole vector: x = code * scale + zero.
-
-    `affine` holds (scale, zero) in float16, rounded *before* use, so that decoding uses what encoding used. A
-    constant vector has scale 0 and decodes to its zero. 4-bit codes are paired along head_dim (element 2i in the low
-    nibble), so that a new token never shares a byte with an older one.
-    """
-
-    bits: int
-
-    def planes(self, head_dim: int) -> tuple[Plane, ...]:
-        codes = Plane("codes", torch.uint8, (head_dim * self.bits // 8,))
-        return codes, Plane("affine", torch.float16, (2,))
-
-    def encode(self, x: Tensor, positions: Tensor, stats: LayerStats) -> Planes:
-        levels = 2**self.bits - 1
-        limit = torch.finfo(torch.float16).max
-        x = x.float()
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        zero = low.clamp(-limit, limit).half()
-        scale = ((high - zero.float()) / levels).clamp(0, limit).half()
-        step = torch.where(scale > 0, scale.float(), 1.0)
-        codes = ((x - zero.float()) / step).round().clamp(0, levels).to(torch.uint8)
-        codes = torch.where(scale > 0, codes, 0).to(torch.uint8)
-        if self.bits == 4:
-            codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        return {"codes": codes, "affine": torch.cat([scale, zero], dim=-1)}
-
-    def decode(self, planes: Planes, positions: Tensor, stats: LayerStats) -> Tensor:
-        codes = planes["codes"]
-        if self.bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-        scale, zero = planes["affine"].float().unsqueeze(-2).unbind(-1)
-        return codes.float() * scale + zero
+SINK_SPAN = 4  # slots whose codes hold one vector in 16 bit; enough for codes of 4 bits and more
 
 
 @dataclass(frozen=True)
@@ -137,12 +35,22 @@ class KVShape:
 
 @dataclass(frozen=True)
 class KVFormat:
-    """A named pair of codecs, and the one home of every size that follows from them."""
+    """A named pair of codecs, and the one home of every size that follows from them.
+
+    Attributes:
+        sinks: so many first tokens of a sequence are stored in float16 instead.
+    """
 
     name: str
     key: VectorCodec
     value: VectorCodec
     summary: str
+    sinks: int = 0
+
+    @property
+    def lead(self) -> int:
+        """Slots that the sinks take beyond one each."""
+        return self.sinks * (SINK_SPAN - 1)
 
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
         """Everything stored per token per KV head; names are prefixed "key." and "value."."""
@@ -153,9 +61,10 @@ class KVFormat:
         """Bytes one token takes in the whole model, metadata included."""
         return sum(plane.bytes for plane in self.planes(shape.head_dim)) * shape.num_kv_heads * shape.num_layers
 
-    def bits_per_element(self, head_dim: int) -> float:
-        """Stored bits per key or value element, metadata included."""
-        return sum(plane.bytes for plane in self.planes(head_dim)) * 8 / (2 * head_dim)
+    def bits_per_element(self, head_dim: int, context: int = 4096) -> float:
+        """Stored bits per key or value element in a text of `context` tokens, metadata and sinks included."""
+        per_token = sum(plane.bytes for plane in self.planes(head_dim)) * 8 / (2 * head_dim)
+        return per_token * (context + self.lead) / context
 
 
 def _same(name: str, codec: VectorCodec, summary: str) -> KVFormat:
@@ -192,19 +101,114 @@ def resolve_kv_format(name: str, compute_dtype: torch.dtype) -> KVFormat:
 
 
 @dataclass(frozen=True)
+class LayerPlan:
+    """One layer's format and the constants that its codecs work with."""
+
+    format: KVFormat
+    key_stats: LayerStats = NO_STATS
+    value_stats: LayerStats = NO_STATS
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """How each layer of a model keeps its KV; `name` is what a user calls it."""
+
+    name: str
+    layers: tuple[LayerPlan, ...]
+
+    @classmethod
+    def uniform(cls, fmt: KVFormat, num_layers: int) -> KVPlan:
+        """The same format in every layer, without statistics."""
+        return cls(fmt.name, (LayerPlan(fmt),) * num_layers)
+
+    @property
+    def lead(self) -> int:
+        """Slots before a sequence's first token; all layers share it, since they share the block tables."""
+        return max(layer.format.lead for layer in self.layers)
+
+    def bytes_per_token(self, shape: KVShape) -> int:
+        """Bytes one token takes in the whole model, metadata included."""
+        one_layer = replace(shape, num_layers=1)
+        return sum(layer.format.bytes_per_token(one_layer) for layer in self.layers)
+
+    def bits_per_element(self, shape: KVShape, context: int = 4096) -> float:
+        """Stored bits per key or value element in a text of `context` tokens, metadata and sinks included."""
+        elements = 2 * shape.head_dim * shape.num_kv_heads * shape.num_layers * context
+        return self.bytes_per_token(shape) * 8 * (context + self.lead) / elements
+
+
+@dataclass(frozen=True)
 class KVLayer:
     """One layer's share of the pool, as the kernels see it.
 
-    `planes[name]` is [num_blocks, num_kv_heads, block_size, *plane.shape]: the tokens of a head lie together.
+    `planes[name]` is [num_blocks, num_kv_heads, block_size, *plane.shape]: the tokens of a head lie together. `lead` is
+    the plan's.
     """
 
-    format: KVFormat
+    plan: LayerPlan
     block_size: int
+    lead: int
     planes: Planes
-    key_stats: LayerStats = NO_STATS
-    value_stats: LayerStats = NO_STATS
+
+    @property
+    def format(self) -> KVFormat:
+        """The layer's format."""
+        return self.plan.format
 
     def side(self, prefix: str) -> Planes:
         """The planes of one codec ("key" or "value") under the codec's own names."""
         start = f"{prefix}."
         return {name.removeprefix(start): plane for name, plane in self.planes.items() if name.startswith(start)}
+
+    def write(self, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Store tokens. k, v [kv_heads, tokens, head_dim], keys after RoPE; slots, positions [tokens] int64."""
+        plan = self.plan
+        sink = positions < plan.format.sinks
+        for side, codec, x, stats in (
+            ("key", plan.format.key, k, plan.key_stats),
+            ("value", plan.format.value, v, plan.value_stats),
+        ):
+            planes = self.side(side)
+            if not sink.all():
+                codes = codec.encode(x[:, ~sink], positions[~sink], stats)
+                self._put(planes, codes, slots[~sink])
+            if sink.any():
+                self._put_sinks(planes, x[:, sink], slots[sink], positions[sink])
+
+    def _put(self, planes: Planes, codes: Planes, slots: Tensor) -> None:
+        block, offset = slots // self.block_size, slots % self.block_size
+        for name, plane in planes.items():
+            plane[block, :, offset] = codes[name].transpose(0, 1)
+
+    def _put_sinks(self, planes: Planes, x: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Spread each vector's float16 bytes over the codes of its `SINK_SPAN` slots."""
+        name, plane = next(iter(planes.items()))
+        raw = FloatCodec(torch.float16).encode(x, positions, NO_STATS)["data"].view(torch.uint8)
+        raw = F.pad(raw, (0, SINK_SPAN * plane.shape[-1] - raw.shape[-1]))
+        first = slots - (positions + self.lead) + SINK_SPAN * positions
+        spread = (first.unsqueeze(1) + torch.arange(SINK_SPAN)).flatten()
+        self._put({name: plane}, {name: raw.unflatten(-1, (SINK_SPAN, -1)).flatten(1, 2)}, spread)
+
+    def read(self, side: str, blocks: Tensor) -> Tensor:
+        """The keys or values ("key", "value") in the blocks of one sequence, given in order.
+
+        Returns:
+            float32 [kv_heads, len(blocks) * block_size, head_dim]; entry m is token m, the last `lead` are zero. Slots
+            that nobody wrote give anything, NaN included.
+        """
+        plan = self.plan
+        codec, stats = (plan.format.key, plan.key_stats) if side == "key" else (plan.format.value, plan.value_stats)
+        planes = {name: plane[blocks].transpose(0, 1).flatten(1, 2) for name, plane in self.side(side).items()}
+        slots = len(blocks) * self.block_size
+        skipped = self.lead + plan.format.sinks
+        positions = torch.arange(plan.format.sinks, slots - self.lead)
+        x = codec.decode({name: plane[:, skipped:] for name, plane in planes.items()}, positions, stats)
+        if plan.format.sinks:
+            x = torch.cat([self._sinks(next(iter(planes.values())), x.shape[-1]), x], dim=1)
+        return F.pad(x, (0, 0, 0, self.lead))
+
+    def _sinks(self, codes: Tensor, head_dim: int) -> Tensor:
+        """The vectors whose float16 bytes the first slots hold; codes [kv_heads, slots, bytes]."""
+        taken = codes[:, : SINK_SPAN * self.format.sinks].unflatten(1, (-1, SINK_SPAN)).flatten(2)
+        halves: Tensor = taken[..., : 2 * head_dim].contiguous().view(torch.float16)
+        return halves.float()

@@ -21,7 +21,8 @@ class AttentionBatch:
 
     Attributes:
         positions: [T] int64, each token's position in its sequence.
-        slots: [T] int64, where each token's KV is written: block * block_size + offset.
+        slots: [T] int64, where each token's KV is written: block * block_size + offset. The token at position p is
+            number p + lead among its sequence's slots, see `KVLayer`.
         query_starts: S + 1 offsets into T; sequence s owns tokens query_starts[s] : query_starts[s + 1].
         context_lens: S lengths, the new tokens included.
         block_tables: [S, max_blocks] int64, each sequence's blocks in order, padded with any valid block.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvant.formats.kv import KVLayer, LayerStats, Planes, VectorCodec
+from kvant.formats.kv import KVLayer
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 
@@ -65,20 +65,15 @@ class ReferenceOps:
     ) -> Tensor:
         if rotary is not None:
             q, k = _rotate(q, *rotary), _rotate(k, *rotary)
-        block, offset = batch.slots // cache.block_size, batch.slots % cache.block_size
-        keys = cache.format.key.encode(k.transpose(0, 1), batch.positions, cache.key_stats)
-        values = cache.format.value.encode(v.transpose(0, 1), batch.positions, cache.value_stats)
-        for side, codes in (("key", keys), ("value", values)):
-            for name, plane in cache.side(side).items():
-                plane[block, :, offset] = codes[name].transpose(0, 1)
+        cache.write(k.transpose(0, 1), v.transpose(0, 1), batch.slots, batch.positions)
         return q
 
     def attention(self, q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
         out = torch.empty_like(q)
         for sequence, (start, stop) in enumerate(pairwise(batch.query_starts)):
-            blocks = _padded_blocks(batch.block_tables[sequence], batch.context_lens[sequence], cache.block_size)
-            keys = _gather(cache.format.key, cache.side("key"), blocks, cache.key_stats)
-            values = _gather(cache.format.value, cache.side("value"), blocks, cache.value_stats)
+            slots = batch.context_lens[sequence] + cache.lead
+            blocks = _padded_blocks(batch.block_tables[sequence], slots, cache.block_size)
+            keys, values = cache.read("key", blocks), cache.read("value", blocks)
             # What lies behind the context is another text's, or nobody's: 0 * NaN would still be NaN.
             values[:, batch.context_lens[sequence] :] = 0
             for first in range(start, stop, QUERY_TILE):
@@ -109,18 +104,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
 
 
-def _padded_blocks(table: Tensor, context: int, block_size: int) -> Tensor:
-    """A sequence's blocks, the last one repeated up to whole context tiles; the mask hides what that adds."""
-    used = -(-context // block_size)
+def _padded_blocks(table: Tensor, slots: int, block_size: int) -> Tensor:
+    """The blocks of so many slots, the last one repeated up to whole context tiles; the mask hides what that adds."""
+    used = -(-slots // block_size)
     tile = max(CONTEXT_TILE // block_size, 1)
     return table[torch.arange(-(-used // tile) * tile).clamp(max=used - 1)]
-
-
-def _gather(codec: VectorCodec, planes: Planes, blocks: Tensor, stats: LayerStats) -> Tensor:
-    """The decoded vectors of one sequence: [kv_heads, context, head_dim]."""
-    tokens = {name: plane[blocks].transpose(0, 1).flatten(1, 2) for name, plane in planes.items()}
-    length = next(iter(tokens.values())).shape[1]
-    return codec.decode(tokens, torch.arange(length), stats)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, shape: AttentionShape) -> Tensor:
