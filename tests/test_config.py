@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kvant.config import DTYPES, MAX_LOGPROBS, EngineConfig, SamplingParams, parse_memory
+from kvant.config import DTYPES, MAX_LOGPROBS, EngineConfig, SamplingParams, parse_layers, parse_memory
 from kvant.errors import ConfigError, KvantError
 
 
@@ -67,6 +68,8 @@ def test_an_engine_is_configured_by_nothing():
     assert (config.dtype, config.kv_cache_dtype, config.device) == ("auto", "auto", "auto")
     assert config.enable_prefix_caching
     assert config.kv_cache_memory is config.num_kv_blocks is config.max_model_len is None
+    assert config.kv_cache_policy is config.quantization_param_path is None
+    assert config.kv_cache_dtype_skip_layers == ()
 
 
 def test_configs_are_frozen_and_derived_from_each_other():
@@ -100,6 +103,57 @@ def test_quant_policy_and_the_kv_format_must_agree():
         EngineConfig(quant_policy=0, kv_cache_dtype="int4")
     with pytest.raises(ConfigError, match="quant_policy=3 is unknown; 0 is auto, 4 is int4, 8 is int8"):
         EngineConfig(quant_policy=3)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ((), ()),
+        (3, (3,)),
+        ("", ()),
+        ("0,1,sliding_window", (0, 1, "sliding_window")),
+        (["0", 3, "-1", "0-3", "-4--1", "5-5", "-0"], (0, 3, -1, "0-3", "-4--1", 5, 0)),
+        (["0,1", " 007 , sliding_window,"], (0, 1, 7, "sliding_window")),
+        (["0,", "1"], (0, 1)),  # "0, 1" as the environment's lists arrive
+        (range(2), (0, 1)),
+    ],
+    ids=str,
+)
+def test_lists_of_layers_are_kept_in_one_spelling(written, meant):
+    config = EngineConfig(kv_cache_dtype_skip_layers=written)
+    assert config.kv_cache_dtype_skip_layers == meant
+    assert list(map(type, config.kv_cache_dtype_skip_layers)) == list(map(type, meant))
+    assert replace(config, seed=1).kv_cache_dtype_skip_layers == meant
+
+
+@pytest.mark.parametrize(
+    "entry", ["x", "0-", "0-1-2", "1.5", "--1", "1..3", "full_attention", 1.5, True, None, "1" * 10]
+)
+def test_what_names_no_layers_is_refused(entry):
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype_skip_layers: .* names no layers; write an index \(3, or -1"):
+        EngineConfig(kv_cache_dtype_skip_layers=(0, entry))
+
+
+def test_layers_are_a_list():
+    for wrong in (None, 1.5):
+        with pytest.raises(ConfigError, match=f"kv_cache_dtype_skip_layers={wrong} must be a list of layers"):
+            EngineConfig(kv_cache_dtype_skip_layers=wrong)
+
+
+@given(first=st.integers(-(10**9) + 1, 10**9 - 1), last=st.integers(-(10**9) + 1, 10**9 - 1))
+def test_layers_mean_what_they_say(first, last):
+    assert parse_layers(first, "here") == parse_layers(str(first), "here") == (first, first)
+    assert parse_layers(f"{first}-{last}", "here") == (first, last)
+    assert parse_layers("sliding_window", "here") is None
+
+
+@pytest.mark.parametrize("name", ["kv_cache_policy", "quantization_param_path"])
+def test_files_are_given_as_text_or_path(name):
+    assert EngineConfig(**{name: "a/b.json"}) == EngineConfig(**{name: Path("a/b.json")})
+    assert getattr(EngineConfig(**{name: "a/b.json"}), name) == Path("a/b.json")
+    for wrong in ("", 3, {"default": "int4"}):
+        with pytest.raises(ConfigError, match=f"{name}=.* must be a path"):
+            EngineConfig(**{name: wrong})
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,7 @@ DTYPES = {
     "half": "float16",
 }
 QUANT_POLICIES = {0: "auto", 4: "int4", 8: "int8"}
+SLIDING_WINDOW = "sliding_window"
 MAX_LOGPROBS = 32
 _INT = 2**31 - 1
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -61,6 +63,50 @@ def _parse_memory_text(text: str) -> int | float:
     return parse_memory(int(number * _UNITS[unit]))
 
 
+def parse_layers(entry: object, where: str) -> tuple[int, int] | None:
+    """The first and the last layer that an entry of a layer list names, or None for the word "sliding_window".
+
+    Args:
+        entry: an index (3 or "3"), negative ones counted from the last layer, or a range of them, both ends included
+            ("0-3", "-4--1").
+        where: what the error says of the entry's place.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if entry == SLIDING_WINDOW:
+        return None
+    text = str(entry) if _is_integer(entry) or isinstance(entry, str) else ""
+    match = re.fullmatch(r"(-?[0-9]{1,9})(?:-(-?[0-9]{1,9}))?", text)
+    if match is None:
+        raise ConfigError(
+            f"{where} names no layers; write an index (3, or -1 for the last layer), a range (0-3) or {SLIDING_WINDOW}"
+        )
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _layer_list(name: str, given: Any) -> tuple[int | str, ...]:
+    """The entries of a layer list, each in its one spelling: 3, "0-3", "sliding_window"."""
+    items = (given,) if isinstance(given, str | int) else given
+    _require(isinstance(items, Iterable), f"{name}={given!r} must be a list of layers")
+    # Split at spaces too, as the environment's lists are: "0, 1" arrives as "0," and "1".
+    pieces = (item.replace(",", " ").split() if isinstance(item, str) else [item] for item in items)
+    return tuple(_spelled(entry, f"{name}: {entry!r}") for piece in pieces for entry in piece)
+
+
+def _spelled(entry: object, where: str) -> int | str:
+    ends = parse_layers(entry, where)
+    if ends is None:
+        return SLIDING_WINDOW
+    first, last = ends
+    return first if first == last else f"{first}-{last}"
+
+
+def _path(name: str, given: Any) -> Path | None:
+    _require(given is None or (isinstance(given, str | Path) and given != ""), f"{name}={given!r} must be a path")
+    return None if given is None else Path(given)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How an engine runs a model. Field names follow vLLM's where it has them.
@@ -69,6 +115,14 @@ class EngineConfig:
         dtype: compute type: "auto", "float32", "bfloat16" or "float16". "auto" is float32 on a CPU where the
             weights then fit in half of the free memory, else the checkpoint's own 16-bit type.
         kv_cache_dtype: the KV-cache format by name (`kvant models` lists them); "auto" is 16 bit.
+        kv_cache_dtype_skip_layers: layers that keep a 16-bit cache whatever kv_cache_dtype says: indices (0, "3", -1
+            for the last layer), ranges ("0-3", both ends included) or "sliding_window", every layer whose attention
+            has a window. A list, or one text with commas, is taken too.
+        kv_cache_policy: a JSON file that gives layers formats of their own: {"default": "int4", "layers": {"0": "int8",
+            "20-23": "fp16", "sliding_window": "int8"}}. Where it has a default, kv_cache_dtype must be "auto" or the
+            same. Indices and ranges come before "sliding_window", here and in kv_cache_dtype_skip_layers.
+        quantization_param_path: a file or directory with the cache's measured constants: static scales, or what
+            `kvant calibrate` wrote.
         max_model_len: longest prompt + output in tokens; None takes the model's own limit, or what fits.
         max_num_seqs: sequences that may run at the same time.
         max_num_batched_tokens: token budget of one step; longer prompts are prefilled in chunks.
@@ -84,6 +138,9 @@ class EngineConfig:
 
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    kv_cache_dtype_skip_layers: tuple[int | str, ...] = ()
+    kv_cache_policy: str | Path | None = None
+    quantization_param_path: str | Path | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -102,6 +159,10 @@ class EngineConfig:
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
         _require(self.device in ("auto", "cpu"), f"device={self.device!r}: only 'cpu' (or 'auto') is available")
+        skipped = _layer_list("kv_cache_dtype_skip_layers", self.kv_cache_dtype_skip_layers)
+        object.__setattr__(self, "kv_cache_dtype_skip_layers", skipped)
+        for name in ("kv_cache_policy", "quantization_param_path"):
+            object.__setattr__(self, name, _path(name, getattr(self, name)))
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kv_blocks", "num_threads"):
             value = getattr(self, name)
             _require(value is None or (_is_integer(value) and value >= 1), f"{name}={value!r} must be at least 1")

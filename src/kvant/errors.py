@@ -29,6 +29,10 @@ class MemoryFitError(KvantError):
     """The KV cache asked for does not fit the memory there is."""
 
 
+class NotFiniteError(KvantError, ArithmeticError):
+    """A model's keys or values hold infinity or NaN, which no cache can store in few bits."""
+
+
 class EngineDeadError(KvantError):
     """The engine has stopped, by `close()` or by a fault, and takes no more requests."""
 

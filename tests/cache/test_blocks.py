@@ -1,4 +1,4 @@
-"""The block pool against a count of who holds what."""
+"""The block pool against a count of who holds what, and paging against slots laid out one by one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kvant.cache.blocks import BlockPool
+from kvant.cache.blocks import BlockPool, Paging
 
 
 @given(
@@ -39,3 +39,27 @@ def test_a_free_block_is_neither_shared_nor_released():
     with pytest.raises(ValueError, match=f"block {block} is free already"):
         pool.release(block)
     assert pool.num_free == 2
+
+
+PAGINGS = st.integers(1, 20).flatmap(lambda size: st.builds(Paging, st.just(size), st.integers(0, size - 1)))
+
+
+def laid_out(paging: Paging, tokens: int) -> list[list[int | None]]:
+    """Which token each slot of a sequence's blocks belongs to, block by block; None is the lead."""
+    slots = [*[None] * paging.lead, *range(tokens)] if tokens else []
+    return [slots[start : start + paging.block_size] for start in range(0, len(slots), paging.block_size)]
+
+
+@given(paging=PAGINGS, tokens=st.integers(0, 100))
+def test_paging_is_what_laying_tokens_out_one_by_one_gives(paging, tokens):
+    blocks = laid_out(paging, tokens)
+    assert paging.blocks_for(tokens) == len(blocks)
+    assert paging.full_blocks(tokens) == sum(len(block) == paging.block_size for block in blocks)
+    for index, block in enumerate(blocks):
+        assert all(paging.block_of(token) == index for token in block if token is not None)
+
+
+@given(paging=PAGINGS, blocks=st.integers(0, 6))
+def test_so_many_blocks_hold_the_tokens_that_lie_in_them(paging, blocks):
+    first = laid_out(paging, tokens=200)[:blocks]
+    assert paging.capacity(blocks) == sum(token is not None for block in first for token in block)

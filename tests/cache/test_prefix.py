@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given, settings
 
 from kvant.cache.blocks import BlockPool, Paging
@@ -28,29 +30,31 @@ class Known:
     salt: int | None
     text: Tokens
     block: int
+    parent: Tokens
     used: int = 0
-
-    @property
-    def parent(self) -> Tokens:
-        return self.text[: (len(self.text) - 1) // SIZE * SIZE]
 
 
 class NaiveTree:
     """What `PrefixTree` promises, slowly."""
 
-    def __init__(self) -> None:
+    def __init__(self, lead: int) -> None:
         self.known: list[Known] = []
         self.clock = 0
+        self.lead = lead
 
-    def insert(self, text: Tokens, blocks: list[int], salt: int | None) -> list[int]:
+    def pieces(self, length: int) -> list[tuple[int, int]]:
+        """The spans of tokens that lie in one block each: the first block has room for `lead` tokens less."""
+        return list(pairwise([0, *range(SIZE - self.lead, length, SIZE), length])) if length else []
+
+    def insert(self, text: Tokens, blocks: list[int], salt: int | None) -> list[set[int]]:
         kept = []
-        for index, block in enumerate(blocks):
-            piece = text[: (index + 1) * SIZE]
-            siblings = [k for k in self.known if k.salt == salt and k.parent == piece[: index * SIZE]]
+        for (start, end), block in zip(self.pieces(len(text)), blocks, strict=True):
+            piece = text[:end]
+            siblings = [k for k in self.known if k.salt == salt and k.parent == text[:start]]
             same = [k for k in siblings if k.text[: len(piece)] == piece]
             if not same:
                 self.known = [k for k in self.known if k not in siblings or piece[: len(k.text)] != k.text]
-                same = [Known(salt, piece, block)]
+                same = [Known(salt, piece, block, text[:start])]
                 self.known += same
             kept.append({k.block for k in same})
         return kept
@@ -59,10 +63,9 @@ class NaiveTree:
         """The length of the longest known prefix, and for each of its blocks those that may stand for it."""
         mine = [k for k in self.known if k.salt == salt]
         length = max((common(k.text, text) for k in mine), default=0)
-        ends = [min(end + SIZE, length) for end in range(0, length, SIZE)]
         return length, [
-            {k.block for k in mine if len(k.parent) == (e - 1) // SIZE * SIZE and common(k.text, text) >= e}
-            for e in ends
+            {k.block for k in mine if len(k.parent) == start and common(k.text, text) >= end}
+            for start, end in self.pieces(length)
         ]
 
     def use(self, blocks: list[int]) -> None:
@@ -89,11 +92,12 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=150)
+@pytest.mark.parametrize("lead", range(SIZE))
+@settings(max_examples=100)
 @given(moves=MOVES)
-def test_it_knows_finds_and_forgets_what_it_should(moves):
+def test_it_knows_finds_and_forgets_what_it_should(lead, moves):
     pool = BlockPool(400)
-    tree, naive = PrefixTree(pool, Paging(SIZE)), NaiveTree()
+    tree, naive = PrefixTree(pool, Paging(SIZE, lead)), NaiveTree(lead)
     held: list[int] = []
     for move, text, salt in moves:
         if move == "insert":
@@ -117,7 +121,7 @@ def test_it_knows_finds_and_forgets_what_it_should(moves):
 
 def insert(pool: BlockPool, tree: PrefixTree, naive: NaiveTree, text: Tokens, salt: int | None) -> None:
     """As a sequence does it that has computed the whole text in blocks of its own."""
-    blocks = [pool.take() for _ in range(0, len(text), SIZE)]
+    blocks = [pool.take() for _ in naive.pieces(len(text))]
     kept = tree.insert(text, blocks, salt)
     for block, allowed in zip(kept, naive.insert(text, blocks, salt), strict=True):
         assert block in allowed
@@ -165,6 +169,17 @@ def test_the_least_recently_used_end_goes_first_and_a_beginning_after_all_its_en
         gone += [b for b in (start, first, second, other) if pool.references(b) == 0 and b not in gone]
     assert gone == [second, other, first, start]
     assert pool.num_free == 10
+
+
+def test_the_first_block_holds_less_where_a_lead_takes_its_slots():
+    pool = BlockPool(9)
+    tree = PrefixTree(pool, Paging(SIZE, lead=3))
+    blocks = [pool.take() for _ in range(3)]
+    tree.insert([5, 6, 7, 8, 9, 10, 11], blocks)
+    found = [tree.match([5, 6, 7, 8, 9, 10, 11][:length]) for length in range(8)]
+    assert [len(match.blocks) for match in found] == [0, 1, 2, 2, 2, 2, 3, 3]
+    assert [match.length for match in found] == list(range(8))
+    assert all(match.blocks == tuple(blocks[: len(match.blocks)]) for match in found)
 
 
 def test_what_is_inserted_again_was_used_again():

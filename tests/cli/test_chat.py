@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kvant.config import EngineConfig, SamplingParams
@@ -44,14 +46,19 @@ def test_every_flag_arrives(kvant, pipes):
     flags = (
         "--system Be-brief. --temperature 0 --top-p 0.5 --top-k 3 --min-p 0.125 --max-tokens 9 --repetition-penalty 1.5"
         " --presence-penalty 0.25 --frequency-penalty 0.75 --stop a --stop b"
-        " --dtype bfloat16 --kv-cache-dtype int4 --max-model-len 512 --max-num-seqs 2 --max-num-batched-tokens 64"
-        " --block-size 16 --kv-cache-memory 50% --no-enable-prefix-caching --threads 1 --device cpu --seed 7"
+        " --dtype bfloat16 --kv-cache-dtype int4 --kv-cache-dtype-skip-layers 0,1 --kv-cache-dtype-skip-layers -1"
+        " --kv-cache-policy p.json --quantization-param-path scales --max-model-len 512"
+        " --max-num-seqs 2 --max-num-batched-tokens 64 --block-size 16 --kv-cache-memory 50%"
+        " --no-enable-prefix-caching --threads 1 --device cpu --seed 7"
     )
     result = kvant("chat", *flags.split(), input="hi\n")
     assert result.exit_code == 0, result.output
     assert pipes[0].engine == EngineConfig(
         dtype="bfloat16",
         kv_cache_dtype="int4",
+        kv_cache_dtype_skip_layers=(0, 1, -1),
+        kv_cache_policy=Path("p.json"),
+        quantization_param_path=Path("scales"),
         max_model_len=512,
         max_num_seqs=2,
         max_num_batched_tokens=64,
@@ -87,6 +94,9 @@ def test_each_flag_has_a_twin_in_the_environment(kvant, pipes):
     twins = {
         "KVANT_MODEL": "m",
         "KVANT_KV_CACHE_DTYPE": "int8",
+        "KVANT_KV_CACHE_DTYPE_SKIP_LAYERS": "0, 20-23,sliding_window",
+        "KVANT_KV_CACHE_POLICY": "p.json",
+        "KVANT_QUANTIZATION_PARAM_PATH": "scales",
         "KVANT_THREADS": "3",
         "KVANT_ENABLE_PREFIX_CACHING": "0",
         "KVANT_TEMPERATURE": "0.5",
@@ -95,7 +105,14 @@ def test_each_flag_has_a_twin_in_the_environment(kvant, pipes):
     kvant("chat", "-q", "hi", "--threads", "2", env=twins)
     made = pipes[0]
     assert made.model == "m"
-    assert made.engine == EngineConfig(kv_cache_dtype="int8", num_threads=2, enable_prefix_caching=False)
+    assert made.engine == EngineConfig(
+        kv_cache_dtype="int8",
+        kv_cache_dtype_skip_layers=(0, "20-23", "sliding_window"),
+        kv_cache_policy=Path("p.json"),
+        quantization_param_path=Path("scales"),
+        num_threads=2,
+        enable_prefix_caching=False,
+    )
     (messages, sampling) = made.asked[0]
     assert sampling.temperature == 0.5
     assert messages == [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
@@ -107,6 +124,7 @@ def test_each_flag_has_a_twin_in_the_environment(kvant, pipes):
         (["--dtype", "int3"], "dtype='int3' is unknown"),
         (["--quant-policy", "5"], "quant_policy=5 is unknown"),
         (["--temperature", "-1"], "temperature=-1"),
+        (["--kv-cache-dtype-skip-layers", "0,first"], "kv_cache_dtype_skip_layers: 'first' names no layers"),
         (["--kv-cache-memory", "lots"], "kv_cache_memory='lots' is not a size"),
     ],
 )

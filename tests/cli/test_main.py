@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -71,6 +72,14 @@ def test_an_unknown_model_and_an_unknown_verb():
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert run("dance").returncode == 2
+
+
+def test_the_help_names_the_kv_formats(kvant):
+    from kvant.formats.kv import KV_FORMATS
+
+    shown = " ".join(kvant("chat", "--help").stdout.split())
+    told = shown.partition("How the KV cache is stored: ")[2].partition(".")[0]
+    assert set(KV_FORMATS) <= set(re.findall(r"\w+", told))
 
 
 def test_the_help_tells_the_pipelines_own_limit(kvant):

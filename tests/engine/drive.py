@@ -10,16 +10,29 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
 from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.core import Core
 from kvant.engine.engine import Engine
 from kvant.engine.sequence import Request, Sequence, TokenEvent
+from kvant.formats.kv import KV_FORMATS, SINK_SPAN, KVFormat, KVLayer, KVPlan, LayerPlan
+from kvant.formats.kv_codecs import AffineCodec
 from kvant.weights.load import LoadedModel
 
 Ask = tuple[list[int], SamplingParams]
+INT8, INT4 = AffineCodec(8), AffineCodec(4)
+SINKS = KVFormat("sinks", INT8, INT4, "the first tokens in 16 bit", sinks=4)
+PLANS = {
+    "fp32": KVPlan.uniform(KV_FORMATS["fp32"], 2),
+    "int8": KVPlan.uniform(KVFormat("int8", INT8, INT8, ""), 2),
+    "int4": KVPlan.uniform(KVFormat("int4", INT4, INT4, ""), 2),
+    "sinks": KVPlan.uniform(SINKS, 2),
+    "mixed": KVPlan("mixed", (LayerPlan(KV_FORMATS["fp16"]), LayerPlan(SINKS))),
+}  # for the miniature's two layers
 
 
 def text(seed: int, length: int) -> list[int]:
@@ -27,10 +40,14 @@ def text(seed: int, length: int) -> list[int]:
     return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def core_of(model: LoadedModel, **config: object) -> Core:
-    """A core with room for everything, unless told otherwise."""
-    usual = {"kv_cache_dtype": "fp32", "max_model_len": 192, "block_size": 8, "num_kv_blocks": 400}
-    return Core(model, EngineConfig(**(usual | config)))
+def core_of(model: LoadedModel, kv: KVPlan | None = None, room: int | None = None, **config: object) -> Core:
+    """A core with room for everything, unless told otherwise, or for so many tokens of one sequence."""
+    lead = kv.lead if kv is not None else 0
+    usual = {"kv_cache_dtype": "fp32", "max_model_len": 192, "block_size": 16 if lead else 8, "num_kv_blocks": 400}
+    settings: dict[str, Any] = usual | config
+    if room is not None:
+        settings["num_kv_blocks"] = Paging(settings["block_size"], lead).blocks_for(room)
+    return Core(model, EngineConfig(**settings), kv=kv)
 
 
 @dataclass
@@ -77,23 +94,37 @@ def drive(core: Core, asks: List[Ask]) -> Outcome:
     return outcome
 
 
-def drive_alone(model: LoadedModel, asks: List[Ask], **config: object) -> Outcome:
+def drive_alone(model: LoadedModel, asks: List[Ask], kv: KVPlan | None = None, **config: object) -> Outcome:
     """Each request in an engine of its own that shares nothing."""
     whole = Outcome([])
     for number, ask in enumerate(asks):
-        outcome = drive(core_of(model, enable_prefix_caching=False, **config), [ask])
+        outcome = drive(core_of(model, kv, enable_prefix_caching=False, **config), [ask])
         whole.requests += outcome.requests
         whole.events += outcome.events
-        whole.kv |= {(number, index): kv for (_, index), kv in outcome.kv.items()}
+        whole.kv |= {(number, index): kept for (_, index), kept in outcome.kv.items()}
     return whole
 
 
 def kv_bytes(store: KVStore, sequence: Sequence) -> Tensor:
-    """What the store holds for the computed tokens of a running sequence: [tokens, bytes] uint8."""
+    """What the store holds for the computed tokens of a running sequence: [tokens, bytes of all layers] uint8."""
     blocks = torch.tensor(sequence.blocks)
-    planes = (plane for layer in store.layers for plane in layer.planes.values())
-    by_token = (plane[blocks].transpose(1, 2).flatten(0, 1)[: sequence.computed] for plane in planes)
-    return torch.cat([data.flatten(1).contiguous().view(torch.uint8) for data in by_token], dim=1)
+    return torch.cat([_layer_bytes(layer, blocks, sequence.computed) for layer in store.layers], dim=1)
+
+
+def _layer_bytes(layer: KVLayer, blocks: Tensor, tokens: int) -> Tensor:
+    """[tokens, bytes]: all planes of a token's slot; of a sink the codes of its slots, and zeros to the same width."""
+    by_slot = {
+        name: plane[blocks].transpose(1, 2).flatten(0, 1).flatten(1).contiguous().view(torch.uint8)
+        for name, plane in layer.planes.items()
+    }
+    plain = torch.cat([data[layer.lead : layer.lead + tokens] for data in by_slot.values()], dim=1)
+    if not layer.format.sinks:
+        return plain
+    sinks = min(layer.format.sinks, tokens)
+    codes = [by_slot[f"{side}.{next(iter(layer.side(side)))}"][: SINK_SPAN * sinks] for side in ("key", "value")]
+    spread = torch.cat([data.unflatten(0, (sinks, SINK_SPAN)).flatten(1) for data in codes], dim=1)
+    width = max(plain.shape[1], spread.shape[1])
+    return torch.cat([F.pad(rows, (0, width - rows.shape[1])) for rows in (spread, plain[sinks:])])
 
 
 def assert_same(outcome: Outcome, expected: Outcome) -> None:

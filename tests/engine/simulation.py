@@ -12,6 +12,7 @@ from kvant.cache.prefix import PrefixTree
 from kvant.config import SamplingParams
 from kvant.engine.scheduler import Scheduler
 from kvant.engine.sequence import Plan, Request, Row, Sampled, Sequence
+from kvant.formats.kv import SINK_SPAN
 
 STOP = 9
 Fingerprint = tuple[Hashable, tuple[int, ...]]
@@ -19,7 +20,7 @@ Fingerprint = tuple[Hashable, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine would be configured with."""
+    """What an engine would be configured with; its first `sinks` tokens are kept in 16 bit."""
 
     block_size: int
     num_blocks: int
@@ -27,11 +28,22 @@ class Limits:
     max_num_seqs: int
     budget: int
     caching: bool
-    lead: int = 0
+    sinks: int = 0
 
     @property
     def paging(self) -> Paging:
-        return Paging(self.block_size, self.lead)
+        return Paging(self.block_size, lead=self.sinks * (SINK_SPAN - 1))
+
+    def slots(self, position: int) -> range:
+        """The slots of a sequence that its token at `position` lies in, counted through its blocks."""
+        if position < self.sinks:
+            return range(position * SINK_SPAN, (position + 1) * SINK_SPAN)
+        after = position - self.sinks
+        return range(self.sinks * SINK_SPAN + after, self.sinks * SINK_SPAN + after + 1)
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that so many tokens lie in."""
+        return self.slots(tokens - 1)[-1] // self.block_size + 1 if tokens else 0
 
 
 def drawn(request: Request, index: int, position: int) -> int:
@@ -134,7 +146,7 @@ class Simulation:
         assert references == [held[block] for block in range(self.limits.num_blocks)]
         assert self.pool.num_free == references.count(0)
         for sequence in self.sequences:
-            needed, most = (-(-n // self.limits.block_size) for n in (sequence.computed, sequence.total))
+            needed, most = self.limits.blocks(sequence.computed), self.limits.blocks(sequence.total)
             assert needed <= len(sequence.blocks) <= most
             assert sequence.finish_reason is None or not sequence.blocks
 
@@ -167,19 +179,23 @@ class Simulation:
         for row in plan.rows:
             tokens = row.sequence.tokens(0, row.stop)
             for position in range(row.start, row.stop):
-                block = row.sequence.blocks[position // self.limits.block_size]
-                assert self.pool.references(block) == 1, "others would see this write"
-                fingerprint = (row.sequence.request.salt, tuple(tokens[: position + 1]))
-                self.memory[block][position % self.limits.block_size] = fingerprint
+                for block, offset in self._places(position, row.sequence.blocks):
+                    assert self.pool.references(block) == 1, "others would see this write"
+                    self.memory[block][offset] = (row.sequence.request.salt, tuple(tokens[: position + 1]))
 
     def _check_context(self, row: Row) -> None:
         sequence = row.sequence
         self._check_memory(sequence.tokens(0, row.stop), sequence.request.salt, sequence.blocks)
 
     def _check_memory(self, tokens: list[int], salt: Hashable, blocks: list[int] | tuple[int, ...]) -> None:
+        for position in range(len(tokens)):
+            found = {self.memory[block][offset] for block, offset in self._places(position, blocks)}
+            assert found == {(salt, tuple(tokens[: position + 1]))}
+
+    def _places(self, position: int, blocks: list[int] | tuple[int, ...]) -> list[tuple[int, int]]:
+        """Block and offset of each slot of a token."""
         size = self.limits.block_size
-        found = [self.memory[blocks[p // size]][p % size] for p in range(len(tokens))]
-        assert found == [(salt, tuple(tokens[: p + 1])) for p in range(len(tokens))]
+        return [(blocks[slot // size], slot % size) for slot in self.limits.slots(position)]
 
 
 def expected_end(limits: Limits, sequence: Sequence) -> str | None:

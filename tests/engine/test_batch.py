@@ -42,3 +42,12 @@ def test_where_rotation_depends_on_the_prompt_its_tokens_share_the_prompts_lengt
     assert dynamic.rope_lengths.tolist() == [13, *[20] * 11]
     qwen = build_batch(PLAN, Paging(BLOCK), RopeSpec(dim=4, kind="qwen", original_length=8))
     assert qwen.rope_lengths.tolist() == [10, *[20] * 11]
+
+
+def test_behind_a_lead_every_token_lies_so_many_slots_later():
+    batch = build_batch(PLAN, Paging(BLOCK, lead=3), None)
+    assert batch.attention.slots.tolist() == [2 * BLOCK + 7, *range(BLOCK - 7, BLOCK), *range(4 * BLOCK, 4 * BLOCK + 4)]
+    without = build_batch(PLAN, Paging(BLOCK), None)
+    assert batch.attention.positions.tolist() == without.attention.positions.tolist()
+    assert batch.attention.context_lens == without.attention.context_lens
+    assert batch.rope_lengths.tolist() == without.rope_lengths.tolist()

@@ -11,22 +11,21 @@ from kvant.config import SamplingParams
 from kvant.kernels.reference import ReferenceOps
 from kvant.weights.load import load_model
 from tests.engine.checkpoint import write_checkpoint
-from tests.engine.drive import Ask, assert_same, core_of, drive, drive_alone, text
+from tests.engine.drive import PLANS, Ask, assert_same, core_of, drive, drive_alone, text
 from tests.support import model_logits_generate
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 SHARED = text(1, 60)
-FORMATS = ("fp32", "fp16", "int8", "int4")
 WAYS: dict[str, dict[str, Any]] = {
     "batched": {},
     "budget-3": {"max_num_batched_tokens": 3},
     "budget-7": {"max_num_batched_tokens": 7, "enable_prefix_caching": False},
     "budget-64": {"max_num_batched_tokens": 64, "block_size": 32},
-    "tiny-pool": {"num_kv_blocks": 24, "max_num_batched_tokens": 33},
-    "tiny-pool-nothing-shared": {"num_kv_blocks": 24, "enable_prefix_caching": False},
-    "two-at-a-time": {"max_num_seqs": 4, "num_kv_blocks": 24},
+    "tiny-pool": {"room": 192, "max_num_batched_tokens": 33},
+    "tiny-pool-nothing-shared": {"room": 192, "enable_prefix_caching": False},
+    "two-at-a-time": {"max_num_seqs": 4, "room": 192},
 }
 
 
@@ -49,39 +48,43 @@ def requests() -> list[Ask]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_model):
-    """What each request gives in an engine of its own, by KV format; computed when first asked for."""
+    """What each request gives in an engine of its own, by KV plan; computed when first asked for."""
     known = {}
 
-    def outcome(kv_cache_dtype):
-        if kv_cache_dtype not in known:
-            known[kv_cache_dtype] = drive_alone(tiny_model, requests(), kv_cache_dtype=kv_cache_dtype)
-        return known[kv_cache_dtype]
+    def outcome(plan):
+        if plan not in known:
+            known[plan] = drive_alone(tiny_model, requests(), PLANS[plan])
+        return known[plan]
 
     return outcome
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kv_cache_dtype", FORMATS)
-def test_company_chunks_and_preemption_change_nothing(tiny_model, alone, kv_cache_dtype, way):
-    outcome = drive(core_of(tiny_model, kv_cache_dtype=kv_cache_dtype, **WAYS[way]), requests())
-    assert_same(outcome, alone(kv_cache_dtype))
+@pytest.mark.parametrize("plan", PLANS)
+def test_company_chunks_and_preemption_change_nothing(tiny_model, alone, plan, way):
+    outcome = drive(core_of(tiny_model, PLANS[plan], **WAYS[way]), requests())
+    assert_same(outcome, alone(plan))
     if way.startswith("tiny-pool"):
         assert outcome.preemptions > 0
 
 
-def test_token_by_token_is_the_same_too(tiny_model, alone):
-    assert_same(drive(core_of(tiny_model, kv_cache_dtype="int4", max_num_batched_tokens=1), requests()), alone("int4"))
+@pytest.mark.parametrize("plan", ["int4", "sinks"])
+def test_token_by_token_is_the_same_too(tiny_model, alone, plan):
+    assert_same(drive(core_of(tiny_model, PLANS[plan], max_num_batched_tokens=1), requests()), alone(plan))
 
 
-@pytest.mark.parametrize("budget", range(2, 65, 5))
-def test_every_chunk_size_gives_the_same_bytes(tiny_model, budget):
+@pytest.mark.parametrize(
+    ("plan", "budget"), [*(("int8", n) for n in range(2, 65, 5)), *(("mixed", n) for n in (2, 3, 5))]
+)
+def test_every_chunk_size_gives_the_same_bytes(tiny_model, plan, budget):
     asks = [(text(8, 70), GREEDY), (text(9, 45), sampled(1))]
-    outcome = drive(core_of(tiny_model, kv_cache_dtype="int8", max_num_batched_tokens=budget), asks)
-    assert_same(outcome, drive_alone(tiny_model, asks, kv_cache_dtype="int8"))
+    outcome = drive(core_of(tiny_model, PLANS[plan], max_num_batched_tokens=budget), asks)
+    assert_same(outcome, drive_alone(tiny_model, asks, PLANS[plan]))
 
 
-def test_arrival_in_the_midst_of_others_changes_nothing(tiny_model, alone):
-    core = core_of(tiny_model, kv_cache_dtype="int4", num_kv_blocks=30, max_num_batched_tokens=16)
+@pytest.mark.parametrize("plan", ["int4", "mixed"])
+def test_arrival_in_the_midst_of_others_changes_nothing(tiny_model, alone, plan):
+    core = core_of(tiny_model, PLANS[plan], room=240, max_num_batched_tokens=16)
     taken = [core.request(prompt, sampling, lambda *event: None) for prompt, sampling in requests()]
     steps = 0
     while core.has_work() or steps // 5 < len(taken):
@@ -89,20 +92,22 @@ def test_arrival_in_the_midst_of_others_changes_nothing(tiny_model, alone):
             core.add(taken[steps // 5])
         core.step()
         steps += 1
-    assert [[s.output for s in request.sequences] for request in taken] == alone("int4").outputs
+    assert [[s.output for s in request.sequences] for request in taken] == alone(plan).outputs
 
 
-def test_what_was_cached_before_changes_nothing(tiny_model, alone):
-    core = core_of(tiny_model, kv_cache_dtype="int4")
+@pytest.mark.parametrize("plan", ["int4", "mixed"])
+def test_what_was_cached_before_changes_nothing(tiny_model, alone, plan):
+    core = core_of(tiny_model, PLANS[plan])
     for _ in range(2):
         outcome = drive(core, requests())
-        assert_same(outcome, alone("int4"))
+        assert_same(outcome, alone(plan))
     for request in outcome.requests:
         assert request.cached_tokens == len(request.prompt) - 1
 
 
-def test_aborted_neighbours_change_nothing(tiny_model, alone):
-    core = core_of(tiny_model, kv_cache_dtype="int4", num_kv_blocks=30)
+@pytest.mark.parametrize("plan", ["int4", "mixed"])
+def test_aborted_neighbours_change_nothing(tiny_model, alone, plan):
+    core = core_of(tiny_model, PLANS[plan], room=240)
     taken = [core.request(prompt, sampling, lambda *event: None) for prompt, sampling in requests()]
     for request in taken:
         core.add(request)
@@ -112,7 +117,7 @@ def test_aborted_neighbours_change_nothing(tiny_model, alone):
     core.abort(taken[1], 0)
     while core.has_work():
         core.step()
-    for request, expected in zip(taken, alone("int4").outputs, strict=True):
+    for request, expected in zip(taken, alone(plan).outputs, strict=True):
         for sequence, whole in zip(request.sequences, expected, strict=True):
             aborted = sequence.finish_reason == "abort"
             assert aborted == (request is taken[3] or (request is taken[1] and sequence.index == 0))
@@ -149,13 +154,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_other_models_keep_the_promise(tmp_path, variant):
     dtype, changes = VARIANTS[variant]
     model = load_model(write_checkpoint(tmp_path, **changes), dtype=dtype, ops=ReferenceOps())
-    core = core_of(model, kv_cache_dtype="int4", num_kv_blocks=24, max_num_batched_tokens=16)
+    core = core_of(model, PLANS["sinks"], room=192, max_num_batched_tokens=16)
     asks = requests()
-    expected = drive_alone(model, asks, kv_cache_dtype="int4")
+    expected = drive_alone(model, asks, PLANS["sinks"])
     outcome = drive(core, asks)
     assert_same(outcome, expected)
     assert outcome.preemptions > 0
-    assert_same(drive(core, asks[::-1]), drive_alone(model, asks[::-1], kv_cache_dtype="int4"))
+    assert_same(drive(core, asks[::-1]), drive_alone(model, asks[::-1], PLANS["sinks"]))
 
 
 def test_prefixes_are_not_shared_where_the_prompts_length_changes_their_kv(tmp_path):
@@ -169,19 +174,20 @@ def test_prefixes_are_not_shared_where_the_prompts_length_changes_their_kv(tmp_p
     assert cached == [59, 49, 0, 29, 19]
 
 
-def test_what_lies_in_unused_slots_does_not_matter(tiny_model):
+@pytest.mark.parametrize("plan", ["fp32", "mixed"])
+def test_what_lies_in_unused_slots_does_not_matter(tiny_model, plan):
     """Even NaN, left by another text: masked weights are 0, and 0 * NaN would be NaN."""
     outputs = []
-    for rubbish in (0.0, float("nan")):
-        core = core_of(tiny_model)
+    for rubbish in (0, 255):
+        core = core_of(tiny_model, PLANS[plan])
         for layer in core.store.layers:
             for plane in layer.planes.values():
-                plane.fill_(rubbish)
-        request = core.request(
-            text(1, 21), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True), lambda *_: None
-        )
-        core.add(request)
+                plane.view(torch.uint8).fill_(rubbish)
+        sampling = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+        taken = [core.request(text(1, length), sampling, lambda *_: None) for length in (1, 21)]
+        for request in taken:
+            core.add(request)
         while core.has_work():
             core.step()
-        outputs.append(request.sequences[0].output)
+        outputs.append([request.sequences[0].output for request in taken])
     assert outputs[0] == outputs[1]

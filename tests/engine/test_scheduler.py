@@ -22,13 +22,14 @@ MANY = settings(FEW, max_examples=1500, stateful_step_count=80)
 @st.composite
 def limits(draw: st.DrawFn) -> Limits:
     """Pools from exactly one sequence of full length upwards."""
-    block_size = draw(st.sampled_from((8, 16)))
-    max_model_len = draw(st.sampled_from((2, 9, 16, 17, 23, 24, 33, 40)))
+    block_size, sinks = draw(st.sampled_from(((8, 0), (16, 0), (8, 1), (8, 2), (16, 3), (16, 4))))
+    max_model_len = draw(st.sampled_from((2, 4, 5, 9, 16, 17, 20, 21, 23, 24, 33, 36, 40)))
     spare = draw(st.sampled_from((0, 0, 1, 2, 4, 8)))
     return Limits(
         block_size=block_size,
-        num_blocks=-(-max_model_len // block_size) + spare,
+        num_blocks=-(-(max_model_len + 3 * sinks) // block_size) + spare,
         max_model_len=max_model_len,
+        sinks=sinks,
         max_num_seqs=draw(st.sampled_from((1, 2, 3, 5, 8))),
         budget=draw(st.sampled_from((1, 3, 8, 16, 33, 64, 100))),
         caching=draw(st.sampled_from((True, True, True, False))),
@@ -61,7 +62,7 @@ class Traffic(RuleBasedStateMachine):
         """Often the beginning of a text that was there before, with a few tokens more."""
         texts = [sequence.tokens(0, sequence.total) for sequence in self.simulation.sequences]
         text = data.draw(st.sampled_from([[0] * 40, *texts]))
-        start = text[: data.draw(st.sampled_from((0, 3, 8, 9, 16, 20, len(text))))]
+        start = text[: data.draw(st.sampled_from((0, 1, 2, 3, 4, 5, 8, 9, 10, 16, 20, len(text))))]
         prompt = start + data.draw(st.lists(st.sampled_from((0, 1)), min_size=not start, max_size=12))
         return prompt[: self.simulation.limits.max_model_len - 1]
 

@@ -149,3 +149,45 @@ def test_an_aborted_text_is_known_to_its_last_computed_token():
     sim.abort(request)
     assert sim.tree is not None
     assert sim.tree.match([5] * 13).length == 13
+
+
+def test_sinks_take_the_slots_of_more_tokens():
+    """Two sinks fill a block of 8 slots, one leaves room for four tokens more."""
+    for sinks, tokens, blocks in ((2, 2, 1), (2, 3, 2), (2, 10, 2), (2, 11, 3), (1, 5, 1), (1, 6, 2), (0, 8, 1)):
+        sim = simulation(sinks=sinks)
+        request = sim.submit([1] * tokens, stop_ids=ENDLESS)
+        sim.step()
+        assert len(request.sequences[0].blocks) == blocks
+
+
+def test_a_text_that_parts_within_the_sinks_copies_them():
+    """The copy keeps those in common; the rest of the first block is written anew, the other's sinks among it."""
+    sim = simulation(block_size=16, sinks=4)
+    first = sim.submit([1, 2, 3, 4, 5, 6], stop_ids=ENDLESS)
+    sim.step()
+    [known, _] = first.sequences[0].blocks
+    other = sim.submit([1, 2, 9, 9, 9, 9], stop_ids=ENDLESS)
+    plan = sim.step()
+    assert shares(plan) == [(first, 6, 7), (other, 2, 6)]
+    assert plan.copies == ((known, other.sequences[0].blocks[0]),)
+    assert known == first.sequences[0].blocks[0]
+
+
+def test_sinks_that_fill_a_block_are_shared_without_a_copy():
+    sim = simulation(block_size=16, sinks=4)
+    first = sim.submit([1, 2, 3, 4, 5], stop_ids=ENDLESS)
+    sim.step()
+    other = sim.submit([1, 2, 3, 4, 9, 9], stop_ids=ENDLESS)
+    plan = sim.step()
+    assert (shares(plan)[1], plan.copies) == ((other, 4, 6), ())
+    assert other.sequences[0].blocks[0] == first.sequences[0].blocks[0]
+
+
+def test_choices_of_a_prompt_shorter_than_the_sinks_write_theirs_apart():
+    sim = simulation(block_size=16, sinks=4)
+    request = sim.submit([7, 7], n=3, max_tokens=9, stop_ids=ENDLESS)
+    sim.step()
+    assert len({sequence.blocks[0] for sequence in request.sequences}) == 1
+    assert len(sim.step().copies) == 2
+    assert len({sequence.blocks[0] for sequence in request.sequences}) == 3
+    sim.finish()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvant.cache.blocks import Paging
 from kvant.config import EngineConfig
-from kvant.errors import MemoryFitError
+from kvant.errors import ConfigError, MemoryFitError
 from kvant.formats.kv import KVLayer, KVPlan, KVShape, LayerPlan, resolve_kv_format
 
 AUTOMATIC_FRACTION = 0.5
@@ -76,11 +76,11 @@ class KVStore:
         Raises:
             MemoryFitError: the system refuses the memory.
         """
-        lead = (num_blocks, shape.num_kv_heads, block_size)
+        slots = (num_blocks, shape.num_kv_heads, block_size)
 
         def layer(layer_plan: LayerPlan) -> KVLayer:
             planes = layer_plan.format.planes(shape.head_dim)
-            data = {p.name: _lazy_zeros((*lead, *p.shape), p.dtype) for p in planes}
+            data = {p.name: _lazy_zeros((*slots, *p.shape), p.dtype) for p in planes}
             return KVLayer(layer_plan, block_size, plan.lead, data)
 
         try:
@@ -90,6 +90,11 @@ class KVStore:
             raise MemoryFitError(
                 f"the system refused {_mib(size)} for the KV cache; lower kv_cache_memory, or use kv_cache_dtype='int4'"
             ) from error
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        return next(iter(self.layers[0].planes.values())).shape[0]
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, target) in order."""
@@ -113,8 +118,10 @@ def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: i
         free: bytes available now, the weights already loaded.
 
     Raises:
+        ConfigError: a block is too small for the sinks that the plan keeps.
         MemoryFitError: the request exceeds the free memory, or not even one sequence of max_model_len fits.
     """
+    _check_block_size(config.block_size, plan)
     block_bytes = MemoryReport(shape, plan, 1, config.block_size).pool_bytes
     longest = config.max_model_len or max_position
     blocks_per_sequence = Paging(config.block_size, plan.lead).blocks_for(longest)
@@ -132,6 +139,17 @@ def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: i
     return report
 
 
+def _check_block_size(block_size: int, plan: KVPlan) -> None:
+    """All sinks must lie in a sequence's first block: it is the one that is copied before any of them is written."""
+    sinks = max(layer.format.sinks for layer in plan.layers)
+    needed = plan.lead + sinks
+    if block_size < needed:
+        raise ConfigError(
+            f"block_size={block_size} is too small for kv_cache_dtype={plan.name!r}: a text's first {sinks} tokens, "
+            f"kept in 16 bit, take {needed} slots of one block; use block_size={1 << (needed - 1).bit_length()} or more"
+        )
+
+
 def _check_fit(config: EngineConfig, report: MemoryReport, free: int) -> None:
     remedy = "raise kv_cache_memory, use a smaller kv_cache_dtype (int8, int4), or lower max_model_len"
     if report.pool_bytes > free:
@@ -142,9 +160,10 @@ def _check_fit(config: EngineConfig, report: MemoryReport, free: int) -> None:
     if report.num_blocks < 1:
         raise MemoryFitError(f"the KV cache's memory does not hold one block of {report.block_size} tokens; {remedy}")
     if config.max_model_len is not None and report.tokens < config.max_model_len:
+        needed = replace(report, num_blocks=report.paging.blocks_for(config.max_model_len))
         raise MemoryFitError(
-            f"max_model_len={config.max_model_len} needs {_mib(config.max_model_len * report.bytes_per_token)} of KV "
-            f"cache, {_mib(report.pool_bytes)} hold {report.tokens:,} tokens; {remedy}"
+            f"max_model_len={config.max_model_len} needs {_mib(needed.pool_bytes)} of KV cache, "
+            f"{_mib(report.pool_bytes)} hold {report.tokens:,} tokens; {remedy}"
         )
 
 

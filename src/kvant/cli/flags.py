@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -57,7 +58,7 @@ class Flag:
         return Parameter(self.field, Parameter.KEYWORD_ONLY, default=self.default, annotation=annotation)
 
 
-def _takes(name: str, flags: Sequence[Flag], build: Callable[[dict[str, Any]], Any]) -> Callable[[Command], Command]:
+def takes(name: str, flags: Sequence[Flag], build: Callable[[dict[str, Any]], Any]) -> Callable[[Command], Command]:
     """A decorator: the command's parameter `name` becomes these flags, and receives what `build` makes of them."""
 
     def decorate(command: Command) -> Command:
@@ -88,8 +89,26 @@ ENGINE_FLAGS = (
     _engine(
         "kv_cache_dtype",
         str,
-        "How the KV cache is stored: auto (16 bit), fp16, bf16, int8, int4 or fp32. Fewer bits hold more tokens and "
-        "cost some accuracy; `kvant models` shows how many bytes a token takes.",
+        "How the KV cache is stored: auto (16 bit), fp32, bf16, fp16, int8, int4, k8v4, int8_plain, int4_plain, "
+        "int8_pertensor, int8_pertensor_perhead, int8_pertoken, fp8_e4m3 (or fp8) or fp8_e5m2. Fewer bits hold more "
+        "tokens and cost some accuracy; `kvant models` tells each format's bits, docs/kv-cache.md how to choose.",
+    ),
+    _engine(
+        "kv_cache_dtype_skip_layers",
+        list[str],
+        "Layers that keep a 16-bit cache whatever --kv-cache-dtype says, separated by commas: 0,1,-1 (-1 is the last), "
+        "20-23, or sliding_window for every layer with a window. May be given several times.",
+    ),
+    _engine(
+        "kv_cache_policy",
+        Path,
+        "A JSON file that gives layers formats of their own: "
+        '{"default": "int4", "layers": {"0": "int8", "20-23": "fp16", "sliding_window": "int8"}}.',
+    ),
+    _engine(
+        "quantization_param_path",
+        Path,
+        "File or directory with the KV cache's measured constants: static scales, or what `kvant calibrate` wrote.",
     ),
     _engine("quant_policy", int, "Another way to say --kv-cache-dtype: 0 is auto, 4 is int4, 8 is int8."),
     _engine(
@@ -121,7 +140,7 @@ ENGINE_FLAGS = (
     _engine("seed", int, "Makes answers repeatable: same seed, same answer. Default: a new one each time."),
 )
 
-engine_flags = _takes("engine", ENGINE_FLAGS, lambda values: EngineConfig(**values))
+engine_flags = takes("engine", ENGINE_FLAGS, lambda values: EngineConfig(**values))
 
 SAMPLING_FLAGS = (
     Flag("temperature", float, "How freely to choose: 0 always takes the likeliest token."),
@@ -140,4 +159,4 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, [])}
 
 
-sampling_flags = _takes("sampling", SAMPLING_FLAGS, _given)
+sampling_flags = takes("sampling", SAMPLING_FLAGS, _given)

@@ -12,7 +12,7 @@ from typer.main import get_command
 from kvant import __version__
 from kvant.errors import KvantError
 
-VERBS = ("chat", "serve", "models", "env")
+VERBS = ("chat", "serve", "eval", "extract-scales", "models", "env")
 
 
 class _Verbs(TyperGroup):
@@ -22,7 +22,7 @@ class _Verbs(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
             return None
-        command = get_command(import_module(f"kvant.cli.{cmd_name}").app)
+        command = get_command(import_module("kvant.cli." + cmd_name.replace("-", "_")).app)
         command.name = cmd_name
         return command
 
@@ -65,6 +65,7 @@ def kvant(
                                            only the answer, on stdout
     kvant serve smollm2 --kv-cache-dtype int8
                                            a server for OpenAI clients
+    kvant eval smollm2                     what a smaller KV cache costs
 
     Each flag has a twin in the environment, which its help names: --kv-cache-dtype is KVANT_KV_CACHE_DTYPE.
     """  # noqa: D301

@@ -16,10 +16,11 @@ from kvant.engine.core import Core, EngineStats
 from kvant.engine.engine import Engine
 from kvant.engine.inputs import Prompt, encode_prompt
 from kvant.errors import ConfigError, CorruptModelError
-from kvant.formats.kv import resolve_kv_format
 from kvant.kernels.select import select_ops
+from kvant.quantize.kv_plan import plan_kv_cache
+from kvant.quantize.kv_policy import resolve_layer_formats
 from kvant.text.tokenizer import Tokenizer
-from kvant.weights.load import generation_defaults, load_model
+from kvant.weights.load import generation_defaults, inspect_model, load_model
 from kvant.weights.locate import DEFAULT_MODEL, locate
 from kvant.weights.pull import PULLABLE
 from kvant.weights.source import TensorSource
@@ -95,11 +96,12 @@ def serve_model(model: str | Path | None, config: EngineConfig) -> ServedModel:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    resolve_kv_format(config.kv_cache_dtype, torch.float32)  # a wrong name is told before the weights are read
     path = locate(model)
+    # A wrong name is told before the weights are read.
+    resolve_layer_formats(config, inspect_model(path), torch.float32)
     loaded = load_model(path, dtype=config.dtype, ops=select_ops(config.device))
     tokenizer = read_tokenizer(loaded.source)
-    core = Core(loaded, config, end_ids=tokenizer.end_ids)
+    core = Core(loaded, config, tokenizer.end_ids, plan_kv_cache(config, loaded, tokenizer))
     logger.info("%s", core.memory.describe())
     if core.max_model_len < loaded.spec.max_position and config.max_model_len is None:
         logger.warning(

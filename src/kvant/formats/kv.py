@@ -17,10 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvant.errors import ConfigError
-from kvant.formats.kv_codecs import AffineCodec, FloatCodec, Plane, Planes, VectorCodec
+from kvant.errors import ConfigError, NotFiniteError
+from kvant.formats.kv_codecs import (
+    AffineCodec,
+    FloatCodec,
+    Plane,
+    Planes,
+    ShapedCodec,
+    StaticCodec,
+    SymmetricCodec,
+    VectorCodec,
+)
 from kvant.formats.kv_stats import NO_STATS, LayerStats
 
+SINKS = 4
 SINK_SPAN = 4  # slots whose codes hold one vector in 16 bit; enough for codes of 4 bits and more
 
 
@@ -48,6 +58,11 @@ class KVFormat:
     sinks: int = 0
 
     @property
+    def measured(self) -> bool:
+        """Whether its codecs work with statistics of the model."""
+        return isinstance(self.key, ShapedCodec | StaticCodec) or isinstance(self.value, StaticCodec)
+
+    @property
     def lead(self) -> int:
         """Slots that the sinks take beyond one each."""
         return self.sinks * (SINK_SPAN - 1)
@@ -67,9 +82,16 @@ class KVFormat:
         return per_token * (context + self.lead) / context
 
 
-def _same(name: str, codec: VectorCodec, summary: str) -> KVFormat:
-    return KVFormat(name, codec, codec, summary)
+def _same(name: str, codec: VectorCodec, summary: str, sinks: int = 0) -> KVFormat:
+    return KVFormat(name, codec, codec, summary, sinks)
 
+
+def _static(name: str, codec: StaticCodec, summary: str) -> KVFormat:
+    return KVFormat(name, ShapedCodec(codec), codec, summary)
+
+
+_INT4 = ShapedCodec(AffineCodec(4), rotated=True)
+_INT8_KEYS = ShapedCodec(AffineCodec(8), rotated=True)
 
 KV_FORMATS: dict[str, KVFormat] = {
     fmt.name: fmt
@@ -77,13 +99,32 @@ KV_FORMATS: dict[str, KVFormat] = {
         _same("fp32", FloatCodec(torch.float32), "exact; for comparisons"),
         _same("bf16", FloatCodec(torch.bfloat16), "16 bit, wide range"),
         _same("fp16", FloatCodec(torch.float16), "16 bit, fine steps"),
-        _same("int8", AffineCodec(8), "asymmetric, per token and KV head, online"),
-        _same("int4", AffineCodec(4), "asymmetric, per token and KV head, online"),
+        KVFormat("int8", _INT8_KEYS, AffineCodec(8), "8 bit, keys centred; as good as 16 bit"),
+        _same("int4", _INT4, "4 bit, keys centred, first 4 tokens in 16 bit; small loss", SINKS),
+        KVFormat("k8v4", _INT8_KEYS, _INT4, "keys as int8, values as int4", SINKS),
+        _same("int8_plain", AffineCodec(8), "8 bit, asymmetric, nothing measured; as in LMDeploy"),
+        _same("int4_plain", AffineCodec(4), "4 bit, asymmetric, nothing measured; breaks some models"),
+        _same("int8_pertoken", SymmetricCodec(), "8 bit, symmetric, a scale for each token and head"),
+        _static("int8_pertensor", StaticCodec(torch.int8), "8 bit, a measured scale for each layer"),
+        _static(
+            "int8_pertensor_perhead", StaticCodec(torch.int8, per_head=True), "8 bit, a measured scale for each head"
+        ),
+        _static("fp8_e4m3", StaticCodec(torch.float8_e4m3fn), "8-bit float, a measured scale for each layer"),
+        _static("fp8_e5m2", StaticCodec(torch.float8_e5m2), "8-bit float of 2 bits mantissa, a measured scale"),
     )
 }
 
 
-_ALIASES = MappingProxyType({"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"})
+_ALIASES = MappingProxyType(
+    {
+        "float32": "fp32",
+        "bfloat16": "bf16",
+        "float16": "fp16",
+        "fp8": "fp8_e4m3",
+        "int8_per_token_head": "int8_pertoken",
+        "int4_per_token_head": "int4",
+    }
+)
 
 
 def resolve_kv_format(name: str, compute_dtype: torch.dtype) -> KVFormat:
@@ -161,7 +202,16 @@ class KVLayer:
         return {name.removeprefix(start): plane for name, plane in self.planes.items() if name.startswith(start)}
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
-        """Store tokens. k, v [kv_heads, tokens, head_dim], keys after RoPE; slots, positions [tokens] int64."""
+        """Store tokens. k, v [kv_heads, tokens, head_dim], keys after RoPE; slots, positions [tokens] int64.
+
+        Raises:
+            NotFiniteError: a key or a value is not finite.
+        """
+        if not (k.isfinite().all() and v.isfinite().all()):
+            raise NotFiniteError(
+                "the model's keys or values are not finite: it overflows in this dtype, or its weights are damaged; try "
+                "dtype='float32' or 'bfloat16'"
+            )
         plan = self.plan
         sink = positions < plan.format.sinks
         for side, codec, x, stats in (
@@ -182,12 +232,12 @@ class KVLayer:
 
     def _put_sinks(self, planes: Planes, x: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Spread each vector's float16 bytes over the codes of its `SINK_SPAN` slots."""
-        name, plane = next(iter(planes.items()))
+        codes = next(iter(planes.values())).view(torch.uint8)
         raw = FloatCodec(torch.float16).encode(x, positions, NO_STATS)["data"].view(torch.uint8)
-        raw = F.pad(raw, (0, SINK_SPAN * plane.shape[-1] - raw.shape[-1]))
+        raw = F.pad(raw, (0, SINK_SPAN * codes.shape[-1] - raw.shape[-1]))
         first = slots - (positions + self.lead) + SINK_SPAN * positions
         spread = (first.unsqueeze(1) + torch.arange(SINK_SPAN)).flatten()
-        self._put({name: plane}, {name: raw.unflatten(-1, (SINK_SPAN, -1)).flatten(1, 2)}, spread)
+        self._put({"codes": codes}, {"codes": raw.unflatten(-1, (SINK_SPAN, -1)).flatten(1, 2)}, spread)
 
     def read(self, side: str, blocks: Tensor) -> Tensor:
         """The keys or values ("key", "value") in the blocks of one sequence, given in order.
@@ -208,7 +258,7 @@ class KVLayer:
         return F.pad(x, (0, 0, 0, self.lead))
 
     def _sinks(self, codes: Tensor, head_dim: int) -> Tensor:
-        """The vectors whose float16 bytes the first slots hold; codes [kv_heads, slots, bytes]."""
-        taken = codes[:, : SINK_SPAN * self.format.sinks].unflatten(1, (-1, SINK_SPAN)).flatten(2)
+        """The vectors whose float16 bytes the first slots hold; codes [kv_heads, slots, n]."""
+        taken = codes.view(torch.uint8)[:, : SINK_SPAN * self.format.sinks].unflatten(1, (-1, SINK_SPAN)).flatten(2)
         halves: Tensor = taken[..., : 2 * head_dim].contiguous().view(torch.float16)
         return halves.float()

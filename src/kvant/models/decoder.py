@@ -35,6 +35,10 @@ class Decoder:
         self._weights = weights
         self._ropes = {layer.rope: RotaryEmbedding(layer.rope) for layer in spec.layers if layer.rope is not None}
 
+    def with_ops(self, ops: Ops) -> Decoder:
+        """The same model bound to other ops that take the same prepared weights."""
+        return Decoder(self.spec, self._weights, ops)
+
     @torch.inference_mode()
     def forward(self, ids: Tensor, batch: AttentionBatch, rope_lengths: Tensor, cache: Sequence[KVLayer]) -> Tensor:
         """Hidden states after the final norm, [T, hidden]; writes the tokens' KV into `cache`, one entry a layer.

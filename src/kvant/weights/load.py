@@ -22,6 +22,12 @@ from kvant.models.spec import ModelSpec
 from kvant.weights.codecs.plain import read_vector, read_weight
 from kvant.weights.source import TensorSource
 
+# What checkpoints carry for a quantized KV cache: constants of queries, keys and values, no weights.
+_CACHE_CONSTANTS = (
+    *(f".{vector}_{constant}" for vector in ("q", "k", "v") for constant in ("scale", "zero_point")),
+    *(f".{vector}_proj.output_scale" for vector in ("q", "k", "v")),
+    *(".kv_scale", ".k_proj.k_bias", ".v_proj.v_bias", "attn.prob_output_scale"),
+)
 _CHECKPOINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -93,7 +99,7 @@ def _check_memory(source: TensorSource, dtype: torch.dtype) -> None:
 
 def _check_all_read(source: TensorSource) -> None:
     """Weights of a layer that the decoder has no place for would be missing from every answer."""
-    ignored = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "rope_freqs.weight")
+    ignored = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "rope_freqs.weight", *_CACHE_CONSTANTS)
     left = sorted(name for name in source.unread() if ".layers." in name or name.startswith(("blk.", "transformer.h.")))
     left = [name for name in left if not name.endswith(ignored) and "vision" not in name]
     if left:

@@ -45,6 +45,10 @@ class TensorSource(ABC):
     def names_of(self, family: Family) -> Names:
         """What this kind of file calls the family's tensors."""
 
+    def files(self) -> list[Path]:
+        """The files that the weights lie in."""
+        return [self.path]
+
     def num_parameters(self) -> int:
         """Elements in all tensors."""
         return sum(torch.Size(shape).numel() for shape in self.shapes().values())

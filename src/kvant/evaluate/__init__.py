@@ -1,0 +1,1 @@
+"""What a quantized model or KV cache costs, measured."""

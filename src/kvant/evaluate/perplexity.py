@@ -1,0 +1,152 @@
+"""What keeping the KV cache in fewer bits costs: perplexity, KL divergence, changed tokens.
+
+The model reads windows of a text. Every key and value that is attended to is the stored one, also within a prompt, so
+the numbers are those of decoding. Each format is compared with a 16-bit cache, token by token, on the same windows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvant.config import EngineConfig
+from kvant.evaluate.scores import Row, Scores, score, summarize
+from kvant.evaluate.texts import BUNDLED_TEXT, check_windows, read_text
+from kvant.formats.kv import KVFormat, KVPlan, resolve_kv_format
+from kvant.kernels.select import select_ops
+from kvant.models.decoder import Decoder
+from kvant.models.families import model_spec
+from kvant.models.forcing import force, new_store
+from kvant.quantize.kv_plan import plan_kv_cache
+from kvant.quantize.texts import Window, cut_windows
+from kvant.text.tokenizer import Tokenizer
+from kvant.weights.load import LoadedModel, load_model, open_source
+from kvant.weights.locate import DEFAULT_MODEL, locate
+from kvant.weights.tokenizer import read_tokenizer
+
+BASELINE = "auto"
+
+_ROWS = 64  # predictions compared at once: bounds the logits
+
+Progress = Callable[[int, int], None]
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of several KV caches, the baseline's first, and what they were measured on."""
+
+    model: str
+    text: str
+    engine: EngineConfig
+    dtype: str
+    rows: tuple[Row, ...]
+
+
+def compare_kv_formats(
+    model: str | Path | None,
+    formats: Sequence[str],
+    *,
+    engine: EngineConfig | None = None,
+    text: Path | None = None,
+    windows: int = 8,
+    window_size: int = 1024,
+    progress: Progress = _silent,
+) -> Comparison:
+    """What each KV-cache format costs a model, against a 16-bit cache.
+
+    Args:
+        model: as `kvant.pipeline` takes it.
+        formats: names of KV-cache formats.
+        engine: how the model is run; each format takes the place of its `kv_cache_dtype`.
+        text: a UTF-8 file; None takes the bundled text.
+        windows: how many consecutive pieces of the text are read, from its beginning.
+        window_size: tokens in each of them, BOS included where the tokenizer adds one.
+        progress: see `compare_kv`.
+
+    Raises:
+        KvantError: an unknown format, an unreadable or too short text, a window too long for the model, or whatever
+            keeps the model from being loaded.
+    """
+    engine = engine or EngineConfig()
+    for name in formats:
+        resolve_kv_format(name, torch.float32)  # all that can be told early is told before the weights are read
+    content, path = read_text(text), locate(model)
+    source = open_source(path)
+    check_windows(windows, window_size, model_spec(source.config).max_position)
+    tokenizer = read_tokenizer(source)
+    pieces = cut_windows(content, tokenizer, windows, window_size)
+    if engine.num_threads is not None:
+        torch.set_num_threads(engine.num_threads)
+    loaded = load_model(path, dtype=engine.dtype, ops=select_ops(engine.device))
+    rows = compare_kv(loaded, _plans(engine, formats, loaded, tokenizer), pieces, progress)
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    return Comparison(str(model or DEFAULT_MODEL), str(text or BUNDLED_TEXT), engine, dtype, rows)
+
+
+def _plans(engine: EngineConfig, formats: Sequence[str], model: LoadedModel, tokenizer: Tokenizer) -> dict[str, KVPlan]:
+    """Each format's plan; that of "auto" only where the config gives some layer another format than the baseline's."""
+    configs = {name: dataclasses.replace(engine, kv_cache_dtype=name) for name in formats}
+    plans = {name: plan_kv_cache(config, model, tokenizer) for name, config in configs.items()}
+    if BASELINE in plans and all(layer.format == _baseline_format(model) for layer in plans[BASELINE].layers):
+        del plans[BASELINE]
+    return plans
+
+
+def compare_kv(
+    model: LoadedModel, plans: Mapping[str, KVPlan], windows: Sequence[Window], progress: Progress = _silent
+) -> tuple[Row, ...]:
+    """What each plan costs against a 16-bit cache, whose row, `BASELINE`, comes first.
+
+    A plan whose logits are not finite has a perplexity of nan or inf.
+
+    Args:
+        model: its decoder runs every plan.
+        plans: by the names that the rows get.
+        windows: token ids, all of the same length, at least 2.
+        progress: called after each window of each plan with how many of them are done, and how many there are.
+    """
+    names = (BASELINE, *plans)
+    contenders = (KVPlan.uniform(_baseline_format(model), len(model.spec.layers)), *plans.values())
+    found: list[list[Scores]] = []
+    for window in windows:
+        hidden = []
+        for plan in contenders:
+            # The last token's successor is not known.
+            store = new_store(model.decoder, plan, len(window))
+            hidden.append(force(model.decoder, store, window[:-1], len(window)))
+            progress(len(found) * len(contenders) + len(hidden), len(windows) * len(contenders))
+        found.append(_score_window(model.decoder, hidden, torch.tensor(window[1:])))
+    scores = [_joined(of_plan, torch.stack) for of_plan in zip(*found, strict=True)]
+    return tuple(
+        summarize(name, plan.name, plan.bits_per_element(model.spec.kv_shape), of_plan, scores[0])
+        for name, plan, of_plan in zip(names, contenders, scores, strict=True)
+    )
+
+
+@torch.inference_mode()
+def _score_window(decoder: Decoder, hidden: Sequence[Tensor], targets: Tensor) -> list[Scores]:
+    """One window's scores for each plan's hidden states, of which the first are the baseline's."""
+    parts: list[list[Scores]] = [[] for _ in hidden]
+    for rows in torch.arange(len(targets)).split(_ROWS):
+        baseline = decoder.logits(hidden[0][rows])
+        parts[0].append(score(baseline, baseline, targets[rows]))
+        for part, states in zip(parts[1:], hidden[1:], strict=True):
+            part.append(score(baseline, decoder.logits(states[rows]), targets[rows]))
+    return [_joined(part, torch.cat) for part in parts]
+
+
+def _joined(parts: Sequence[Scores], join: Callable[[list[Tensor]], Tensor]) -> Scores:
+    return Scores(*(join([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Scores)))
+
+
+def _baseline_format(model: LoadedModel) -> KVFormat:
+    return resolve_kv_format(BASELINE, model.dtype)

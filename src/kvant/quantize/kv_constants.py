@@ -1,0 +1,145 @@
+"""From a model's statistics to the constants that KV codecs work with.
+
+For int4 keys three things are chosen so that few bits cost little of what queries see, q^T k:
+
+* the centre, what all keys have in common, is taken off (see `kvant.formats.kv_stats.Centre`);
+* the balance d multiplies each RoPE pair of a key, and 1/d the query's: an error in a pair costs what its queries are
+  large, and larger keys make larger errors everywhere once a rotation has spread them;
+* the feedback: q^T e, with e the error of a key, has the mean square e^T M e, where M = E[q q^T]. Rounding to the
+  nearest minimizes e^T e instead. M is far from a multiple of the identity, so elements are rounded one by one, and
+  those that follow make up for what is known to be lost: GPTQ does so for weights (Frantar et al. 2023), and lattice
+  decoding knows it as Babai's nearest plane (1986). The codes are as many, and decode as before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvant.formats.kv import KVFormat, LayerPlan
+from kvant.formats.kv_codecs import AffineCodec, ShapedCodec, StaticCodec, VectorCodec, hadamard
+from kvant.formats.kv_stats import CENTRE_TILE, NO_STATS, Centre, LayerStats
+from kvant.models.rope import inverse_frequencies
+from kvant.models.spec import RopeSpec
+from kvant.quantize.kv_statistics import LayerStatistics
+
+CENTRE_ORDER = 4
+# The contexts, in tokens, over whose positions queries are averaged.
+_CONTEXTS = (1024, 4096, 16384)
+# Between (1/4, 1/4), best when rounding to the nearest, and (0, 1/2), best with perfect feedback.
+_QUERY_POWER, _KEY_POWER = 0.12, 0.38
+_DAMPING = 0.02  # of M's mean diagonal, added to it: queries of other texts differ
+
+
+def layer_plan(fmt: KVFormat, layer: LayerStatistics, rope: RopeSpec | None) -> LayerPlan:
+    """A layer's format with the constants that its codecs want."""
+    return LayerPlan(fmt, _key_stats(fmt.key, layer, rope), _value_stats(fmt.value, layer))
+
+
+def key_centre(mean: Tensor, rope: RopeSpec | None) -> Centre:
+    """The centre of keys whose mean before RoPE is [kv_heads, head_dim].
+
+    Where frequencies depend on a prompt's length, those within the original length are taken: the centre of longer
+    prompts is less well met, and still no more than a constant of the position that is added back.
+    """
+    factor = 1.0 if rope is None else rope.attention_factor
+    return Centre.of_mean(mean * factor, frequencies(rope), CENTRE_ORDER)
+
+
+def frequencies(rope: RopeSpec | None) -> Tensor:
+    """Radians per position of each pair, [R / 2]; empty without RoPE."""
+    return torch.empty(0) if rope is None else inverse_frequencies(rope, rope.original_length)
+
+
+def _key_stats(codec: VectorCodec, layer: LayerStatistics, rope: RopeSpec | None) -> LayerStats:
+    if not isinstance(codec, ShapedCodec):
+        return NO_STATS
+    centre = key_centre(layer.key_mean, rope)
+    if isinstance(codec.inner, StaticCodec):
+        return LayerStats(centre=centre, scale=static_scale(codec.inner, layer.centred_key_range))
+    if not codec.rotated:
+        return LayerStats(centre=centre)
+    balance = _balance(layer, centre)
+    if not isinstance(codec.inner, AffineCodec) or codec.inner.bits > 4:  # finer codes lose too little to make up for
+        return LayerStats(centre, balance)
+    return LayerStats(centre, balance, _feedback(turned_moment(layer.query_moment, centre.frequencies), balance))
+
+
+def _value_stats(codec: VectorCodec, layer: LayerStatistics) -> LayerStats:
+    if not isinstance(codec, StaticCodec):
+        return NO_STATS
+    return LayerStats(scale=static_scale(codec, layer.value_range))
+
+
+def static_scale(codec: StaticCodec, largest: Tensor) -> Tensor:
+    """The step of each KV head, [kv_heads], so that codes reach these largest magnitudes."""
+    reach = largest if codec.per_head else largest.max().expand_as(largest)
+    return reach.clamp(min=1e-6) / codec.largest
+
+
+def _balance(layer: LayerStatistics, centre: Centre) -> Tensor:
+    """What to multiply keys with, [kv_heads, head_dim], the same within a pair; its geometric mean is 1."""
+    half = centre.frequencies.shape[0]
+    # What the centre does not follow of the mean stays in the keys; the polynomials are orthonormal.
+    followed = centre.coefficients.square().sum(1) / CENTRE_TILE
+    left = (_by_pair(layer.key_mean.square(), half) - _by_pair(followed, half)).clamp(min=0)
+    keys = _by_pair(layer.key_variance, half) + left
+    queries = _by_pair(layer.query_moment.diagonal(dim1=-2, dim2=-1), half)
+    raw = queries.clamp(min=1e-12) ** _QUERY_POWER / keys.clamp(min=1e-12) ** _KEY_POWER
+    return raw / raw.log().mean(-1, keepdim=True).exp()
+
+
+def _by_pair(x: Tensor, half: int) -> Tensor:
+    """x [..., head_dim] averaged over the RoPE pairs (i, i + half); the elements that do not turn as they are."""
+    mean = (x[..., :half] + x[..., half : 2 * half]) / 2
+    return torch.cat([mean, mean, x[..., 2 * half :]], dim=-1)
+
+
+def turned_moment(moment: Tensor, turns: Tensor) -> Tensor:
+    """E[R_p q (R_p q)^T] over the positions p of contexts of several lengths, from E[q q^T] before RoPE.
+
+    In the basis where R_p is diagonal, e^(i theta p), the mean over p multiplies each entry by the mean of
+    e^(i (theta_a - theta_b) p), a geometric series.
+
+    Args:
+        moment: [kv_heads, head_dim, head_dim].
+        turns: [R / 2], radians per position of the pairs (i, i + R / 2).
+    """
+    basis, theta = _turning_basis(turns.double(), moment.shape[-1])
+    apart = theta.unsqueeze(1) - theta
+    kept = torch.stack([_mean_phase(apart, length) for length in _CONTEXTS]).mean(0)
+    turned = basis.mH @ (basis @ moment.to(basis.dtype) @ basis.mH * kept) @ basis
+    real: Tensor = turned.real
+    return real.float()
+
+
+def _turning_basis(turns: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The unitary matrix, complex [head_dim, head_dim], that makes R_p diagonal, and its radians per position."""
+    half, basis = len(turns), torch.eye(head_dim, dtype=torch.complex128)
+    first = torch.arange(half)
+    basis[first, first] = basis[first + half, first] = 0.5**0.5
+    basis[first, first + half], basis[first + half, first + half] = 1j * 0.5**0.5, -1j * 0.5**0.5
+    return basis, torch.cat([turns, -turns, turns.new_zeros(head_dim - 2 * half)])
+
+
+def _mean_phase(angle: Tensor, length: int) -> Tensor:
+    """The mean of e^(i angle p) over p = 0 .. length - 1."""
+    still = angle.sin().abs() < 1e-9
+    whole = torch.polar(torch.ones_like(angle), angle)
+    series = (1 - whole**length) / torch.where(still, 1.0, 1 - whole)
+    return torch.where(still, 1.0, series / length)
+
+
+def _feedback(moment: Tensor, balance: Tensor) -> Tensor:
+    """`LayerStats.feedback` for keys that are balanced, then rotated by `hadamard`, and meet queries of this moment.
+
+    With M = E[q' q'^T] of the queries that meet such keys, and U the upper Cholesky factor of M^-1, it is
+    U[i, j] / U[i, i].
+    """
+    seen = moment / balance.unsqueeze(-1) / balance.unsqueeze(-2)
+    seen = hadamard(hadamard(seen.double()).mT)
+    damping = _DAMPING * seen.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
+    seen = seen + damping[:, None, None] * torch.eye(seen.shape[-1], dtype=seen.dtype)
+    factor = torch.linalg.cholesky(torch.linalg.inv(seen), upper=True)
+    ratios: Tensor = factor / factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    return ratios.triu(1).float()

@@ -1,0 +1,1 @@
+"""Static KV scales in files: `files` reads and writes them, the other modules each know one layout."""
