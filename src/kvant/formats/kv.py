@@ -209,8 +209,8 @@ class KVLayer:
         """
         if not (k.isfinite().all() and v.isfinite().all()):
             raise NotFiniteError(
-                "the model's keys or values are not finite: it overflows in this dtype, or its weights are damaged; try "
-                "dtype='float32' or 'bfloat16'"
+                "the model's keys or values are not finite: it overflows in this dtype, or its weights are damaged; "
+                "try dtype='float32' or 'bfloat16'"
             )
         plan = self.plan
         sink = positions < plan.format.sinks
