@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +12,7 @@ import typer
 
 from kvant import __version__
 from kvant.cli.flags import ENGINE_FLAGS, ModelArgument, option, takes
+from kvant.cli.progress import reading_progress
 from kvant.config import EngineConfig
 from kvant.errors import ConfigError
 
@@ -66,7 +65,7 @@ def evaluate(
     _check_tasks(tasks)
     _check_writable(json_file)
     formats = _formats(kv_cache_dtype, engine)
-    with _progress() as progress:
+    with reading_progress() as progress:
         # Imported here: it needs torch.
         from kvant.evaluate.perplexity import compare_kv_formats
 
@@ -94,17 +93,6 @@ def _check_writable(path: Path | None) -> None:
     """A file that cannot be written is told before minutes of work, not after them."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ConfigError(f"--json {path}: no file can be written there; give a file in a directory that exists")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("loading the model", total=None)
-        yield lambda done, total: bar.update(task, description="reading", completed=done, total=total)
 
 
 def _print(comparison: Comparison) -> None:

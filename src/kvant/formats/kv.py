@@ -90,8 +90,9 @@ def _static(name: str, codec: StaticCodec, summary: str) -> KVFormat:
     return KVFormat(name, ShapedCodec(codec), codec, summary)
 
 
-_INT4 = ShapedCodec(AffineCodec(4), rotated=True)
-_INT8_KEYS = ShapedCodec(AffineCodec(8), rotated=True)
+_INT4 = ShapedCodec(AffineCodec(4))
+_INT8_KEYS = ShapedCodec(AffineCodec(8))
+_K8V4_VALUES = ShapedCodec(AffineCodec(4, group=32))
 
 KV_FORMATS: dict[str, KVFormat] = {
     fmt.name: fmt
@@ -101,7 +102,7 @@ KV_FORMATS: dict[str, KVFormat] = {
         _same("fp16", FloatCodec(torch.float16), "16 bit, fine steps"),
         KVFormat("int8", _INT8_KEYS, AffineCodec(8), "8 bit, keys centred; as good as 16 bit"),
         _same("int4", _INT4, "4 bit, keys centred, first 4 tokens in 16 bit; small loss", SINKS),
-        KVFormat("k8v4", _INT8_KEYS, _INT4, "keys as int8, values as int4", SINKS),
+        KVFormat("k8v4", _INT8_KEYS, _K8V4_VALUES, "keys as int8, values in 4 bit, first 4 tokens in 16 bit", SINKS),
         _same("int8_plain", AffineCodec(8), "8 bit, asymmetric, nothing measured; as in LMDeploy"),
         _same("int4_plain", AffineCodec(4), "4 bit, asymmetric, nothing measured; breaks some models"),
         _same("int8_pertoken", SymmetricCodec(), "8 bit, symmetric, a scale for each token and head"),

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import prod
+from functools import cache
+from math import gcd, prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvant.errors import ConfigError
@@ -81,42 +83,51 @@ class FloatCodec(VectorCodec):
 
 @dataclass(frozen=True)
 class AffineCodec(VectorCodec):
-    """Asymmetric integers, one scale and zero over the whole vector: x = code * scale + zero.
+    """Asymmetric integers, a scale and a zero for the whole vector or for groups of it: x = code * scale + zero.
 
-    `affine` holds (scale, zero) in float16, rounded *before* use, so that decoding uses what encoding used. A
-    constant vector has scale 0 and decodes to its zero. 4-bit codes are paired along head_dim (element 2i in the low
-    nibble), so that a new token never shares a byte with an older one.
+    `affine` holds (scale, zero) of each group in float16, rounded *before* use, so that decoding uses what encoding
+    used. A constant group has scale 0 and decodes to its zero. 4-bit codes are paired along head_dim (element 2i in the
+    low nibble), so that a new token never shares a byte with an older one.
 
     Where the layer has `feedback`, elements are rounded one after the other, and the later ones make up for the error
     of the earlier ones in what queries see of the vector.
+
+    Attributes:
+        bits: 4 or 8.
+        group: elements that share a scale, or as many as divide the vector evenly; None is all of them.
     """
 
     bits: int
+    group: int | None = None
 
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
         codes = Plane("codes", torch.uint8, (head_dim * self.bits // 8,))
-        return codes, Plane("affine", torch.float16, (2,))
+        return codes, Plane("affine", torch.float16, (2 * self._groups(head_dim),))
 
     def encode(self, x: Tensor, positions: Tensor, stats: LayerStats) -> Planes:
         levels = 2**self.bits - 1
         limit = torch.finfo(torch.float16).max
-        x = x.float()
+        x = x.float().unflatten(-1, (self._groups(x.shape[-1]), -1))
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         zero = low.clamp(-limit, limit).half()
         scale = ((high - zero.float()) / levels).clamp(0, limit).half()
         step = torch.where(scale > 0, scale.float(), 1.0)
-        codes = _round((x - zero.float()) / step, levels, stats.feedback)
-        codes = torch.where(scale > 0, codes, 0).to(torch.uint8)
+        steps = torch.where(scale > 0, (x - zero.float()) / step, 0.0)
+        codes = _round(steps.flatten(-2), levels, stats.feedback).to(torch.uint8)
         if self.bits == 4:
             codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        return {"codes": codes, "affine": torch.cat([scale, zero], dim=-1)}
+        return {"codes": codes, "affine": torch.cat([scale, zero], dim=-1).flatten(-2)}
 
     def decode(self, planes: Planes, positions: Tensor, stats: LayerStats) -> Tensor:
         codes = planes["codes"]
         if self.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-        scale, zero = planes["affine"].float().unsqueeze(-2).unbind(-1)
-        return codes.float() * scale + zero
+        scale, zero = planes["affine"].float().unflatten(-1, (-1, 2)).split(1, dim=-1)
+        x: Tensor = codes.float().unflatten(-1, (scale.shape[-2], -1)) * scale + zero
+        return x.flatten(-2)
+
+    def _groups(self, head_dim: int) -> int:
+        return 1 if self.group is None else head_dim // gcd(head_dim, self.group)
 
 
 def _round(x: Tensor, levels: int, feedback: Tensor | None) -> Tensor:
@@ -195,45 +206,49 @@ def _scale(stats: LayerStats) -> Tensor:
 class ShapedCodec(VectorCodec):
     """A vector that is given a better shape for few bits before another codec stores it.
 
-    Its centre is subtracted (`LayerStats.centre`); if `rotated`, it is balanced (`LayerStats.balance`) and rotated by a
-    Hadamard matrix, which spreads outliers evenly. Every step is undone by decoding; none depends on other tokens.
+    Its centre is subtracted and its elements are balanced, where the layer has a centre and a balance (`LayerStats`).
+    Then a Hadamard matrix spreads outliers evenly. Every step is undone by decoding; none depends on other tokens.
     """
 
     inner: VectorCodec
-    rotated: bool = False
 
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
         return self.inner.planes(head_dim)
 
     def encode(self, x: Tensor, positions: Tensor, stats: LayerStats) -> Planes:
+        return self.inner.encode(self.shaped(x, positions, stats), positions, stats)
+
+    def shaped(self, x: Tensor, positions: Tensor, stats: LayerStats) -> Tensor:
+        """The vectors as `inner` gets them, float32; arguments as those of `encode`."""
         x = x.float()
         if stats.centre is not None:
             x = x - stats.centre.at(positions)
-        if self.rotated:
-            x = x if stats.balance is None else x * stats.balance.unsqueeze(1)
-            x = hadamard(x)
-        return self.inner.encode(x, positions, stats)
+        return hadamard(x if stats.balance is None else x * stats.balance.unsqueeze(1))
 
     def decode(self, planes: Planes, positions: Tensor, stats: LayerStats) -> Tensor:
         x = self.inner.decode(planes, positions, stats)
-        if self.rotated:
-            x = hadamard(x)
-            x = x if stats.balance is None else x / stats.balance.unsqueeze(1)
+        x = hadamard(x)
+        x = x if stats.balance is None else x / stats.balance.unsqueeze(1)
         return x if stats.centre is None else x + stats.centre.at(positions)
 
 
 def hadamard(x: Tensor) -> Tensor:
     """x [..., size] times an orthonormal, symmetric matrix of equal magnitudes: applied twice, it gives x back.
 
-    The matrix is Sylvester's, in blocks of the largest power of two that divides size. Only sums and differences are
-    taken, so that a row's result does not depend on the other rows.
+    The matrix is Sylvester's, in blocks of the largest power of two that divides size. A row's result does not depend
+    on the other rows: BLAS picks its kernel by their number, and those for multiples of 4 sum in the same order.
     """
     size = x.shape[-1]
-    block = size & -size
-    width = 1
-    while width < block:
-        first, second = x.unflatten(-1, (-1, 2, width)).unbind(-2)
-        x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
-        width *= 2
-    rotated: Tensor = x / block**0.5
-    return rotated
+    rows = x.reshape(-1, size)
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % 4))
+    rotated: Tensor = (padded @ _sylvester(size).to(x.dtype))[: len(rows)]
+    return rotated.view(x.shape)
+
+
+@cache
+def _sylvester(size: int) -> Tensor:
+    block = torch.ones(1, 1)
+    while size % (2 * len(block)) == 0:
+        block = torch.cat([torch.cat([block, block], dim=1), torch.cat([block, -block], dim=1)])
+    matrix: Tensor = torch.block_diag(*[block / len(block) ** 0.5] * (size // len(block)))
+    return matrix

@@ -41,12 +41,12 @@ class Centre:
 
     def at(self, positions: Tensor) -> Tensor:
         """c(m) of positions [tokens] int64: float32 [kv_heads, tokens, head_dim]."""
-        offset = positions % CENTRE_TILE
-        basis = polynomials(self.coefficients.shape[1])[offset]
+        tiles, tile = (positions // CENTRE_TILE).unique(return_inverse=True)
+        middles = tiles * CENTRE_TILE + (CENTRE_TILE - 1) / 2
+        turned = turn(self.coefficients.unsqueeze(2), middles, self.frequencies)
+        basis = polynomials(turned.shape[1])[positions % CENTRE_TILE]
         # Term by term, not as a matrix product: a token's sum must not depend on how many tokens there are.
-        terms = (basis[:, j, None] * self.coefficients[:, j, None] for j in range(basis.shape[1]))
-        middle = positions - offset + (CENTRE_TILE - 1) / 2
-        return turn(reduce(torch.add, terms), middle, self.frequencies)
+        return reduce(torch.add, (basis[:, j, None] * turned[:, j, tile] for j in range(basis.shape[1])))
 
 
 @cache

@@ -13,6 +13,8 @@ For int4 keys three things are chosen so that few bits cost little of what queri
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,12 @@ def layer_plan(fmt: KVFormat, layer: LayerStatistics, rope: RopeSpec | None) -> 
     return LayerPlan(fmt, _key_stats(fmt.key, layer, rope), _value_stats(fmt.value, layer))
 
 
+def key_shape(mean: Tensor, variance: Tensor, query_moment: Tensor, rope: RopeSpec | None) -> LayerStats:
+    """Centre and balance of keys; arguments as in `LayerStatistics`."""
+    centre = key_centre(mean, rope)
+    return LayerStats(centre, _balance(mean, variance, query_moment, centre))
+
+
 def key_centre(mean: Tensor, rope: RopeSpec | None) -> Centre:
     """The centre of keys whose mean before RoPE is [kv_heads, head_dim].
 
@@ -54,15 +62,12 @@ def frequencies(rope: RopeSpec | None) -> Tensor:
 def _key_stats(codec: VectorCodec, layer: LayerStatistics, rope: RopeSpec | None) -> LayerStats:
     if not isinstance(codec, ShapedCodec):
         return NO_STATS
-    centre = key_centre(layer.key_mean, rope)
+    shape = key_shape(layer.key_mean, layer.key_variance, layer.query_moment, rope)
     if isinstance(codec.inner, StaticCodec):
-        return LayerStats(centre=centre, scale=static_scale(codec.inner, layer.centred_key_range))
-    if not codec.rotated:
-        return LayerStats(centre=centre)
-    balance = _balance(layer, centre)
-    if not isinstance(codec.inner, AffineCodec) or codec.inner.bits > 4:  # finer codes lose too little to make up for
-        return LayerStats(centre, balance)
-    return LayerStats(centre, balance, _feedback(turned_moment(layer.query_moment, centre.frequencies), balance))
+        return replace(shape, scale=static_scale(codec.inner, layer.shaped_key_range))
+    if isinstance(codec.inner, AffineCodec) and codec.inner.bits <= 4:  # finer codes lose too little to make up for
+        return replace(shape, feedback=_feedback(layer.query_moment, shape))
+    return shape
 
 
 def _value_stats(codec: VectorCodec, layer: LayerStatistics) -> LayerStats:
@@ -77,14 +82,14 @@ def static_scale(codec: StaticCodec, largest: Tensor) -> Tensor:
     return reach.clamp(min=1e-6) / codec.largest
 
 
-def _balance(layer: LayerStatistics, centre: Centre) -> Tensor:
+def _balance(mean: Tensor, variance: Tensor, query_moment: Tensor, centre: Centre) -> Tensor:
     """What to multiply keys with, [kv_heads, head_dim], the same within a pair; its geometric mean is 1."""
     half = centre.frequencies.shape[0]
     # What the centre does not follow of the mean stays in the keys; the polynomials are orthonormal.
     followed = centre.coefficients.square().sum(1) / CENTRE_TILE
-    left = (_by_pair(layer.key_mean.square(), half) - _by_pair(followed, half)).clamp(min=0)
-    keys = _by_pair(layer.key_variance, half) + left
-    queries = _by_pair(layer.query_moment.diagonal(dim1=-2, dim2=-1), half)
+    left = (_by_pair(mean.square(), half) - _by_pair(followed, half)).clamp(min=0)
+    keys = _by_pair(variance, half) + left
+    queries = _by_pair(query_moment.diagonal(dim1=-2, dim2=-1), half)
     raw = queries.clamp(min=1e-12) ** _QUERY_POWER / keys.clamp(min=1e-12) ** _KEY_POWER
     return raw / raw.log().mean(-1, keepdim=True).exp()
 
@@ -130,13 +135,16 @@ def _mean_phase(angle: Tensor, length: int) -> Tensor:
     return torch.where(still, 1.0, series / length)
 
 
-def _feedback(moment: Tensor, balance: Tensor) -> Tensor:
-    """`LayerStats.feedback` for keys that are balanced, then rotated by `hadamard`, and meet queries of this moment.
+def _feedback(query_moment: Tensor, shape: LayerStats) -> Tensor:
+    """`LayerStats.feedback` for keys of this shape that queries meet whose moment before RoPE is given.
 
-    With M = E[q' q'^T] of the queries that meet such keys, and U the upper Cholesky factor of M^-1, it is
-    U[i, j] / U[i, i].
+    With M = E[q' q'^T] of the queries that meet balanced and rotated keys, and U the upper Cholesky factor of M^-1, it
+    is U[i, j] / U[i, i].
     """
-    seen = moment / balance.unsqueeze(-1) / balance.unsqueeze(-2)
+    assert shape.centre is not None, "key_shape gives both"
+    assert shape.balance is not None, "key_shape gives both"
+    moment = turned_moment(query_moment, shape.centre.frequencies)
+    seen = moment / shape.balance.unsqueeze(-1) / shape.balance.unsqueeze(-2)
     seen = hadamard(hadamard(seen.double()).mT)
     damping = _DAMPING * seen.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
     seen = seen + damping[:, None, None] * torch.eye(seen.shape[-1], dtype=seen.dtype)

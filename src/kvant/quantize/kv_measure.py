@@ -8,12 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kvant.errors import ConfigError
+from kvant.errors import NotFiniteError
 from kvant.formats.kv import KV_FORMATS, SINKS, KVLayer, KVPlan
+from kvant.formats.kv_codecs import FloatCodec, ShapedCodec
 from kvant.kernels.ops import AttentionBatch, Ops
 from kvant.models.decoder import Decoder
 from kvant.models.forcing import force, new_store
-from kvant.quantize.kv_constants import key_centre
+from kvant.models.spec import RopeSpec
+from kvant.quantize.kv_constants import key_shape
 from kvant.quantize.kv_statistics import KVStatistics, LayerStatistics
 
 Progress = Callable[[int, int], None]
@@ -28,7 +30,7 @@ def measure_kv(decoder: Decoder, windows: Sequence[Sequence[int]], progress: Pro
         progress: called after each window with how many are done, and how many there are.
 
     Raises:
-        ConfigError: the model's keys, queries or values are not finite.
+        NotFiniteError: the model's queries, keys or values are not finite.
     """
     spec = decoder.spec
     plan = KVPlan.uniform(KV_FORMATS["fp32"], len(spec.layers))
@@ -43,10 +45,7 @@ def measure_kv(decoder: Decoder, windows: Sequence[Sequence[int]], progress: Pro
             kept.append((layer.read("key", blocks)[:, : len(ids)], layer.read("value", blocks)[:, : len(ids)]))
         if progress is not None:
             progress(done, len(windows))
-    layers = [
-        _layer(of_layer, kept, key_centre(of_layer.key_mean, layer.rope).at)
-        for of_layer, kept, layer in zip(sums, held, spec.layers, strict=True)
-    ]
+    layers = [_layer(of_layer, kept, layer.rope) for of_layer, kept, layer in zip(sums, held, spec.layers, strict=True)]
     return KVStatistics(tuple(layers), sum(map(len, windows)))
 
 
@@ -105,21 +104,21 @@ class _Watched:
         return self._ops.rope_write_kv(q, k, v, rotary, cache, batch)
 
 
-def _layer(sums: _Sums, held: Sequence[tuple[Tensor, Tensor]], centre: Callable[[Tensor], Tensor]) -> LayerStatistics:
+def _layer(sums: _Sums, held: Sequence[tuple[Tensor, Tensor]], rope: RopeSpec | None) -> LayerStatistics:
     def largest(vectors: Sequence[Tensor]) -> Tensor:
         return torch.stack([x.abs().amax((1, 2)) for x in vectors]).amax(0)
 
+    moments = (sums.key_mean, sums.key_variance, sums.query_moment)
+    codec, shape = ShapedCodec(FloatCodec(torch.float32)), key_shape(*moments, rope)
     keys, values = [k for k, _ in held], [v for _, v in held]
     layer = LayerStatistics(
-        key_mean=sums.key_mean,
-        key_variance=sums.key_variance,
-        query_moment=sums.query_moment,
+        *moments,
         key_range=largest(keys),
         value_range=largest(values),
-        centred_key_range=largest([k - centre(torch.arange(k.shape[1])) for k in keys]),
+        shaped_key_range=largest([codec.shaped(k, torch.arange(k.shape[1]), shape) for k in keys]),
     )
     if not all(torch.isfinite(x).all() for x in vars(layer).values()):
-        raise ConfigError(
+        raise NotFiniteError(
             "the model's queries, keys or values are not finite on the calibration text; run it in another dtype, such "
             "as float32"
         )

@@ -75,7 +75,7 @@ def known_statistics(model: LoadedModel, tokenizer: Tokenizer) -> KVStatistics:
         try:
             return KVStatistics.load(path, model.spec.kv_shape)
         except CorruptModelError as error:
-            logger.warning("%s", error)
+            logger.warning("%s; kvant does so now", error)
     logger.info("measuring the keys of %s for its KV cache, once", model.source.path)
     windows = cut_windows(text, tokenizer, WINDOWS, min(WINDOW_SIZE, model.spec.max_position))
     statistics = measure_kv(model.decoder, windows)
@@ -107,17 +107,20 @@ def _with_statistics(plan: KVPlan, statistics: KVStatistics, model: LoadedModel)
 
 
 def _read_scales(path: Path, plan: KVPlan, model: LoadedModel) -> KVScales:
+    if not path.exists():
+        raise ConfigError(f"quantization_param_path={str(path)!r} does not exist; check it, or leave it out")
     if not any(_static(layer.format.key) for layer in plan.layers):
         raise ConfigError(
-            f"quantization_param_path={str(path)!r} holds static scales, which {plan.name} does not use; choose "
-            "int8_pertensor, int8_pertensor_perhead or fp8_e4m3, or leave it out"
+            f"quantization_param_path={str(path)!r} is or has no {STATISTICS_FILE}, and {plan.name} does not use "
+            "static scales; run `kvant calibrate MODEL --kv`, choose int8_pertensor, int8_pertensor_perhead or "
+            "fp8_e4m3, or leave it out"
         )
     shape = model.spec.kv_shape
     return read_scales(path, shape.num_layers, shape.num_kv_heads)
 
 
 def _with_scales(plan: KVPlan, scales: KVScales, kv_heads: int) -> KVPlan:
-    """The static layers with these scales, which were measured without a centre, and so are used without one."""
+    """The static layers with these scales. They were measured on keys as they are, so these are stored as they are."""
     layers = []
     for layer, key, value in zip(plan.layers, scales.keys, scales.values, strict=True):
         codecs = _static(layer.format.key), _static(layer.format.value)
@@ -125,7 +128,8 @@ def _with_scales(plan: KVPlan, scales: KVScales, kv_heads: int) -> KVPlan:
             LayerStats(scale=static_scale(codec, step.expand(kv_heads) * _reach(scales, codec))) if codec else NO_STATS
             for codec, step in zip(codecs, (key, value), strict=True)
         ]
-        layers.append(LayerPlan(layer.format, *stats) if all(codecs) else layer)
+        plain = replace(layer.format, key=codecs[0] or layer.format.key)
+        layers.append(LayerPlan(plain, *stats) if all(codecs) else layer)
     return replace(plan, layers=tuple(layers))
 
 

@@ -18,6 +18,7 @@ from kvant.quantize.scales.writing import write_whole
 
 STATISTICS_FILE = "kv_statistics.safetensors"
 VERSION = "1"
+_REMEDY = "measure this model with `kvant calibrate MODEL --kv`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class LayerStatistics:
         query_moment: E[q q^T] of the queries before RoPE, over the query heads that share a KV head:
             [kv_heads, head_dim, head_dim].
         key_range, value_range: [kv_heads], the largest magnitude of keys after RoPE, and of values.
-        centred_key_range: [kv_heads], of keys after RoPE less their centre.
+        shaped_key_range: [kv_heads], of keys after RoPE that are centred, balanced and rotated.
     """
 
     key_mean: Tensor
@@ -37,7 +38,7 @@ class LayerStatistics:
     query_moment: Tensor
     key_range: Tensor
     value_range: Tensor
-    centred_key_range: Tensor
+    shaped_key_range: Tensor
 
 
 # How many of the last dimensions are head_dim long; before them come layers and KV heads.
@@ -66,29 +67,34 @@ class KVStatistics:
         """Read what `save` wrote.
 
         Raises:
-            CorruptModelError: the file is none of these, or it belongs to a model of another shape.
+            CorruptModelError: the file is none of these, is damaged, or belongs to a model of another shape.
         """
-        stacked, tokens = _read(path)
-        for field in fields(LayerStatistics):
-            expected = (shape.num_layers, shape.num_kv_heads, *(shape.head_dim,) * _VECTOR_DIMS.get(field.name, 0))
-            found = stacked.get(field.name)
-            if found is None or tuple(found.shape) != expected or not found.isfinite().all():
-                raise CorruptModelError(
-                    f"{path}: {field.name} is not finite numbers of shape {expected}, as this model needs; they were "
-                    "measured on another one"
-                )
+        stored, tokens = _read(path)
+        stacked = {field.name: _checked(path, stored, field.name, shape) for field in fields(LayerStatistics)}
         by_layer = ({name: of_all[layer] for name, of_all in stacked.items()} for layer in range(shape.num_layers))
         return cls(tuple(LayerStatistics(**values) for values in by_layer), tokens)
 
 
+def _checked(path: Path, stored: Mapping[str, Tensor], name: str, shape: KVShape) -> Tensor:
+    """A file's tensor of this name, all layers'."""
+    expected = (shape.num_layers, shape.num_kv_heads, *(shape.head_dim,) * _VECTOR_DIMS.get(name, 0))
+    found = stored.get(name)
+    if found is None or found.dtype != torch.float32 or tuple(found.shape) != expected:
+        raise CorruptModelError(
+            f"{path} has no {name} of shape {expected} in float32; it is damaged or another model's, so {_REMEDY}"
+        )
+    if not found.isfinite().all():
+        raise CorruptModelError(f"{path}: {name} is not finite; {_REMEDY}")
+    return found
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], int]:
-    remedy = "measure them with `kvant calibrate MODEL --kv`"
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             stacked = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, OSError) as error:
-        raise CorruptModelError(f"KV statistics cannot be read from {path}: {error}; {remedy}") from error
-    if metadata.get("kvant_kv_statistics") != VERSION:
-        raise CorruptModelError(f"{path} holds no KV statistics that this version of kvant reads; {remedy}")
+        raise CorruptModelError(f"KV statistics cannot be read from {path}: {error}; {_REMEDY}") from error
+    if metadata.get("kvant_kv_statistics") != VERSION or not metadata.get("tokens", "").isdecimal():
+        raise CorruptModelError(f"{path} holds no KV statistics that this version of kvant reads; {_REMEDY}")
     return stacked, int(metadata["tokens"])
