@@ -1,17 +1,31 @@
-"""Fixtures that all tests share: the real models, where they are."""
+"""Fixtures that all tests share: a cache directory of their own, and the real models, where they are."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from kvant.weights.pull import find_pulled
+from kvant.weights.pull import PULLABLE, find_pulled
 
 settings.register_profile("kvant", deadline=None)
 settings.load_profile("kvant")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A KVANT_HOME for the session: it finds the models that were pulled before, and the user's own stays untouched."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "models").mkdir()
+    for name in PULLABLE:
+        if path := find_pulled(name):
+            (home / "models" / f"{name}.gguf").symlink_to(path.resolve())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVANT_HOME", str(home))
+        yield
 
 
 @pytest.fixture(scope="session")

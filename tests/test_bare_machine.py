@@ -38,8 +38,8 @@ def test_it_runs_without_optional_packages(tmp_path: Path) -> None:
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
     command = [sys.executable, "-c", _RUN, str(checkpoint), str(gguf)]
-    sources = str(Path(__file__).parents[1] / "src")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": sources})
+    env = {"PYTHONPATH": str(Path(__file__).parents[1] / "src"), "KVANT_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["5", "reading GGUF files needs the gguf package: pip install gguf"]
 

@@ -42,7 +42,8 @@ class LayoutName(StrEnum):
 
 _WHAT_IT_IS: Mapping[LayoutName, str] = MappingProxyType(
     {
-        LayoutName.VLLM: "kv_cache_scales.json for vLLM and its kin (--quantization-param-path)",
+        LayoutName.VLLM: "kv_cache_scales.json for vLLM and its kin (--quantization-param-path); keys and values share "
+        "a scale",
         LayoutName.COMPRESSED_TENSORS: "kv_scales.safetensors, to lie beside the weights; what kv_cache_scheme.json "
         "holds belongs into config.json",
         LayoutName.MODELOPT: "kv_scales.safetensors and hf_quant_config.json, to lie beside the weights",

@@ -21,6 +21,7 @@ from kvant.errors import ConfigError, NotFiniteError
 from kvant.formats.kv_codecs import (
     AffineCodec,
     FloatCodec,
+    GroupedCodec,
     Plane,
     Planes,
     ShapedCodec,
@@ -90,9 +91,9 @@ def _static(name: str, codec: StaticCodec, summary: str) -> KVFormat:
     return KVFormat(name, ShapedCodec(codec), codec, summary)
 
 
-_INT4 = ShapedCodec(AffineCodec(4))
+_INT4 = ShapedCodec(GroupedCodec(2))
 _INT8_KEYS = ShapedCodec(AffineCodec(8))
-_K8V4_VALUES = ShapedCodec(AffineCodec(4, group=32))
+_K8V4_VALUES = ShapedCodec(GroupedCodec(4))
 
 KV_FORMATS: dict[str, KVFormat] = {
     fmt.name: fmt

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from math import gcd, prod
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -83,51 +83,94 @@ class FloatCodec(VectorCodec):
 
 @dataclass(frozen=True)
 class AffineCodec(VectorCodec):
-    """Asymmetric integers, a scale and a zero for the whole vector or for groups of it: x = code * scale + zero.
+    """Asymmetric integers, one scale and zero over the whole vector: x = code * scale + zero.
 
-    `affine` holds (scale, zero) of each group in float16, rounded *before* use, so that decoding uses what encoding
-    used. A constant group has scale 0 and decodes to its zero. 4-bit codes are paired along head_dim (element 2i in the
+    `affine` holds (scale, zero) in float16, rounded *before* use, so that decoding uses what encoding used. A
+    constant vector has scale 0 and decodes to its zero. 4-bit codes are paired along head_dim (element 2i in the
     low nibble), so that a new token never shares a byte with an older one.
-
-    Where the layer has `feedback`, elements are rounded one after the other, and the later ones make up for the error
-    of the earlier ones in what queries see of the vector.
-
-    Attributes:
-        bits: 4 or 8.
-        group: elements that share a scale, or as many as divide the vector evenly; None is all of them.
     """
 
     bits: int
-    group: int | None = None
 
     def planes(self, head_dim: int) -> tuple[Plane, ...]:
         codes = Plane("codes", torch.uint8, (head_dim * self.bits // 8,))
-        return codes, Plane("affine", torch.float16, (2 * self._groups(head_dim),))
+        return codes, Plane("affine", torch.float16, (2,))
 
     def encode(self, x: Tensor, positions: Tensor, stats: LayerStats) -> Planes:
         levels = 2**self.bits - 1
         limit = torch.finfo(torch.float16).max
-        x = x.float().unflatten(-1, (self._groups(x.shape[-1]), -1))
+        x = x.float()
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         zero = low.clamp(-limit, limit).half()
         scale = ((high - zero.float()) / levels).clamp(0, limit).half()
         step = torch.where(scale > 0, scale.float(), 1.0)
         steps = torch.where(scale > 0, (x - zero.float()) / step, 0.0)
-        codes = _round(steps.flatten(-2), levels, stats.feedback).to(torch.uint8)
-        if self.bits == 4:
-            codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        return {"codes": codes, "affine": torch.cat([scale, zero], dim=-1).flatten(-2)}
+        codes = steps.round().clamp(0, levels).to(torch.uint8)
+        return {"codes": _paired(codes) if self.bits == 4 else codes, "affine": torch.cat([scale, zero], dim=-1)}
 
     def decode(self, planes: Planes, positions: Tensor, stats: LayerStats) -> Tensor:
-        codes = planes["codes"]
-        if self.bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-        scale, zero = planes["affine"].float().unflatten(-1, (-1, 2)).split(1, dim=-1)
-        x: Tensor = codes.float().unflatten(-1, (scale.shape[-2], -1)) * scale + zero
+        codes = _unpaired(planes["codes"]) if self.bits == 4 else planes["codes"]
+        scale, zero = planes["affine"].float().unsqueeze(-2).unbind(-1)
+        return codes.float() * scale + zero
+
+
+@dataclass(frozen=True)
+class GroupedCodec(VectorCodec):
+    """4-bit integers in groups, whose scale and zero share 16 bits: x = (code - 7.5 - offset) * scale.
+
+    For vectors without outliers, spread about zero, as a rotation makes them. A word of `words` has in its high 10 bits
+    the scale, a float16 without its sign and the last 5 bits of its mantissa, and in its low 6 bits 8 * offset + 32:
+    offsets are eighths of a step, from -4 to 3.875. So two groups take as much as one scale and zero in float16, and
+    their steps are a tenth finer. Codes are paired as in `AffineCodec`.
+
+    Where the layer has `feedback`, elements are rounded one after the other, and the later ones make up for the error
+    of the earlier ones in what queries see of the vector.
+    """
+
+    groups: int
+
+    def planes(self, head_dim: int) -> tuple[Plane, ...]:
+        if head_dim % (2 * self.groups):
+            raise ConfigError(f"4-bit vectors in {self.groups} groups need a head_dim that {2 * self.groups} divides")
+        return Plane("codes", torch.uint8, (head_dim // 2,)), Plane("words", torch.int16, (self.groups,))
+
+    def encode(self, x: Tensor, positions: Tensor, stats: LayerStats) -> Planes:
+        x = x.float().unflatten(-1, (self.groups, -1))
+        low, high = x.amin(-1), x.amax(-1)
+        # Wide enough for the span, and for its middle to be within reach of an offset.
+        span = (high / 2 - low / 2) / 7.5
+        step = torch.maximum(span, (high / 2 + low / 2).abs() / 3.875).clamp(max=_WIDEST)
+        bits = -(-step.half().view(torch.int16).int() // 32)
+        scale = _scale_of(bits)
+        step = torch.where(scale > 0, scale, 1.0)
+        eighths = ((-low / step - 7.5) * 8).round().clamp(-32, 31)
+        aims = x / step.unsqueeze(-1) + (7.5 + eighths / 8).unsqueeze(-1)
+        codes = _round(aims.flatten(-2), 15, stats.feedback).to(torch.uint8)
+        return {"codes": _paired(codes), "words": (bits * 64 + eighths.int() + 32).to(torch.int16)}
+
+    def decode(self, planes: Planes, positions: Tensor, stats: LayerStats) -> Tensor:
+        words = planes["words"].int() & 0xFFFF
+        scale, offset = _scale_of(words >> 6).unsqueeze(-1), ((words & 63) - 32).unsqueeze(-1) / 8
+        codes = _unpaired(planes["codes"]).float().unflatten(-1, (self.groups, -1))
+        x: Tensor = (codes - 7.5 - offset) * scale
         return x.flatten(-2)
 
-    def _groups(self, head_dim: int) -> int:
-        return 1 if self.group is None else head_dim // gcd(head_dim, self.group)
+
+_WIDEST = 63488.0  # the largest float16 whose last 5 bits of mantissa are 0
+
+
+def _scale_of(bits: Tensor) -> Tensor:
+    """The float32 that the 10 high bits of a positive float16, as an integer, stand for."""
+    return (bits * 32).to(torch.int16).view(torch.float16).float()
+
+
+def _paired(codes: Tensor) -> Tensor:
+    """4-bit codes two to a byte, the even element below."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _unpaired(codes: Tensor) -> Tensor:
+    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
 
 
 def _round(x: Tensor, levels: int, feedback: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVFormat, LayerPlan
-from kvant.formats.kv_codecs import AffineCodec, ShapedCodec, StaticCodec, VectorCodec, hadamard
+from kvant.formats.kv_codecs import GroupedCodec, ShapedCodec, StaticCodec, VectorCodec, hadamard
 from kvant.formats.kv_stats import CENTRE_TILE, NO_STATS, Centre, LayerStats
 from kvant.models.rope import inverse_frequencies
 from kvant.models.spec import RopeSpec
@@ -41,7 +41,8 @@ def layer_plan(fmt: KVFormat, layer: LayerStatistics, rope: RopeSpec | None) -> 
 def key_shape(mean: Tensor, variance: Tensor, query_moment: Tensor, rope: RopeSpec | None) -> LayerStats:
     """Centre and balance of keys; arguments as in `LayerStatistics`."""
     centre = key_centre(mean, rope)
-    return LayerStats(centre, _balance(mean, variance, query_moment, centre))
+    stretch = _stretch(rope, mean.shape[-1])
+    return LayerStats(centre, _balance(mean * stretch, variance * stretch.square(), query_moment, centre))
 
 
 def key_centre(mean: Tensor, rope: RopeSpec | None) -> Centre:
@@ -50,13 +51,20 @@ def key_centre(mean: Tensor, rope: RopeSpec | None) -> Centre:
     Where frequencies depend on a prompt's length, those within the original length are taken: the centre of longer
     prompts is less well met, and still no more than a constant of the position that is added back.
     """
-    factor = 1.0 if rope is None else rope.attention_factor
-    return Centre.of_mean(mean * factor, frequencies(rope), CENTRE_ORDER)
+    return Centre.of_mean(mean * _stretch(rope, mean.shape[-1]), frequencies(rope), CENTRE_ORDER)
 
 
 def frequencies(rope: RopeSpec | None) -> Tensor:
     """Radians per position of each pair, [R / 2]; empty without RoPE."""
     return torch.empty(0) if rope is None else inverse_frequencies(rope, rope.original_length)
+
+
+def _stretch(rope: RopeSpec | None, head_dim: int) -> Tensor:
+    """What RoPE multiplies each element with beside turning it, [head_dim]."""
+    stretch = torch.ones(head_dim)
+    if rope is not None:
+        stretch[: rope.dim] = rope.attention_factor
+    return stretch
 
 
 def _key_stats(codec: VectorCodec, layer: LayerStatistics, rope: RopeSpec | None) -> LayerStats:
@@ -65,7 +73,7 @@ def _key_stats(codec: VectorCodec, layer: LayerStatistics, rope: RopeSpec | None
     shape = key_shape(layer.key_mean, layer.key_variance, layer.query_moment, rope)
     if isinstance(codec.inner, StaticCodec):
         return replace(shape, scale=static_scale(codec.inner, layer.shaped_key_range))
-    if isinstance(codec.inner, AffineCodec) and codec.inner.bits <= 4:  # finer codes lose too little to make up for
+    if isinstance(codec.inner, GroupedCodec):  # 8-bit codes lose too little to make up for
         return replace(shape, feedback=_feedback(layer.query_moment, shape))
     return shape
 
@@ -83,7 +91,10 @@ def static_scale(codec: StaticCodec, largest: Tensor) -> Tensor:
 
 
 def _balance(mean: Tensor, variance: Tensor, query_moment: Tensor, centre: Centre) -> Tensor:
-    """What to multiply keys with, [kv_heads, head_dim], the same within a pair; its geometric mean is 1."""
+    """What to multiply keys with, [kv_heads, head_dim], the same within a pair; its geometric mean is 1.
+
+    Mean and variance are those of stretched keys.
+    """
     half = centre.frequencies.shape[0]
     # What the centre does not follow of the mean stays in the keys; the polynomials are orthonormal.
     followed = centre.coefficients.square().sum(1) / CENTRE_TILE
@@ -129,8 +140,8 @@ def _turning_basis(turns: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def _mean_phase(angle: Tensor, length: int) -> Tensor:
     """The mean of e^(i angle p) over p = 0 .. length - 1."""
-    still = angle.sin().abs() < 1e-9
     whole = torch.polar(torch.ones_like(angle), angle)
+    still = (1 - whole).abs() < 1e-9
     series = (1 - whole**length) / torch.where(still, 1.0, 1 - whole)
     return torch.where(still, 1.0, series / length)
 

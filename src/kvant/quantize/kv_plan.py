@@ -76,7 +76,7 @@ def known_statistics(model: LoadedModel, tokenizer: Tokenizer) -> KVStatistics:
             return KVStatistics.load(path, model.spec.kv_shape)
         except CorruptModelError as error:
             logger.warning("%s; kvant does so now", error)
-    logger.info("measuring the keys of %s for its KV cache, once", model.source.path)
+    logger.warning("measuring the keys of %s for its KV cache; this is done once", model.source.path)
     windows = cut_windows(text, tokenizer, WINDOWS, min(WINDOW_SIZE, model.spec.max_position))
     statistics = measure_kv(model.decoder, windows)
     try:
