@@ -35,7 +35,9 @@ def metadata(wheel: zipfile.ZipFile, name: str) -> str:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     source = ROOT / "src" / "kvant"
     expected = {
-        f"kvant/{p.relative_to(source)}" for p in source.rglob("*") if p.is_file() and p.suffix in (".py", ".typed", ".txt")
+        f"kvant/{p.relative_to(source)}"
+        for p in source.rglob("*")
+        if p.is_file() and p.suffix in (".py", ".typed", ".txt")
     }
     assert "kvant/py.typed" in expected
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected

@@ -1,5 +1,9 @@
 """Every error kvant raises on purpose; each message names the cause and the remedy."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class KvantError(Exception):
     """The root: catch this to catch everything kvant raises on purpose."""
@@ -30,7 +34,15 @@ class MemoryFitError(KvantError):
 
 
 class NotFiniteError(KvantError, ArithmeticError):
-    """A model's keys or values hold infinity or NaN, which no cache can store in few bits."""
+    """A model's keys or values hold infinity or NaN, which no cache can store in few bits.
+
+    Attributes:
+        tokens: which of the step's tokens they belong to.
+    """
+
+    def __init__(self, message: str, tokens: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.tokens = tuple(tokens)
 
 
 class EngineDeadError(KvantError):

@@ -19,7 +19,7 @@ from kvant.engine.deltas import DeltaBuilder
 from kvant.engine.inputs import Prompt, is_single_prompt
 from kvant.engine.outputs import Delta, Response
 from kvant.engine.sequence import Failure, Request, TokenEvent
-from kvant.errors import ConfigError, EngineDeadError, RequestError
+from kvant.errors import ConfigError, RequestError
 from kvant.text.chat import render_chat
 
 DEFAULT_MAX_TOKENS = 512
@@ -152,7 +152,7 @@ class Pipeline(Front):
     def _receive(self, mailbox: _Mailbox, builders: Mapping[Request, DeltaBuilder]) -> Delta | None:
         request, event = mailbox.get()
         if isinstance(event, Failure):
-            raise EngineDeadError(event.message)
+            raise event.error
         delta = builders[request].push(event)
         if builders[request].stopped_early(event):
             self._served.engine.abort(request, event.index)

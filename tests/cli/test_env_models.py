@@ -44,9 +44,12 @@ def test_env_on_a_machine_without_proc(kvant, monkeypatch, tmp_path):
 def test_models_lists_formats_with_their_bits(kvant, nothing_here):
     formats = json.loads(kvant("models", "--json").stdout)["kv_formats"]
     assert [fmt["name"] for fmt in formats] == list(KV_FORMATS)
-    assert {fmt["name"]: fmt["bits"] for fmt in formats}["int4"] == 4.25
+    bits = {fmt["name"]: fmt["bits"] for fmt in formats}
+    assert (bits["int8"], bits["int4_plain"]) == (8.25, 4.25)
+    assert bits["int4"] == pytest.approx(4.25 * (4096 + 12) / 4096)  # its first 4 tokens take 12 slots more
     shown = kvant("models").stdout
     assert "4.25" in shown
+    assert "4.26" in shown
     assert all(name in shown for name in KV_FORMATS)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -49,6 +49,15 @@ def write_checkpoint(directory: Path, **changes: Any) -> Path:
     _tokenizer().save(str(directory / "tokenizer.json"))
     settings = {"eos_token": MARKS[2], "pad_token": MARKS[0], "chat_template": CHATML}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def overflowing(directory: Path) -> Path:
+    """The checkpoint there, its second layer's keys turned into numbers that are beyond float16, and within float32."""
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.self_attn.k_proj.weight"] *= 1e6
+    save_file(weights, file, metadata={"format": "pt"})
     return directory
 
 

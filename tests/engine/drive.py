@@ -19,20 +19,14 @@ from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.core import Core
 from kvant.engine.engine import Engine
 from kvant.engine.sequence import Request, Sequence, TokenEvent
-from kvant.formats.kv import KV_FORMATS, SINK_SPAN, KVFormat, KVLayer, KVPlan, LayerPlan
-from kvant.formats.kv_codecs import AffineCodec
+from kvant.formats.kv import KV_FORMATS, SINK_SPAN, KVLayer, KVPlan, LayerPlan
 from kvant.weights.load import LoadedModel
+from tests.formats.stats import layer_plan_of, plan_of
 
 Ask = tuple[list[int], SamplingParams]
-INT8, INT4 = AffineCodec(8), AffineCodec(4)
-SINKS = KVFormat("sinks", INT8, INT4, "the first tokens in 16 bit", sinks=4)
-PLANS = {
-    "fp32": KVPlan.uniform(KV_FORMATS["fp32"], 2),
-    "int8": KVPlan.uniform(KVFormat("int8", INT8, INT8, ""), 2),
-    "int4": KVPlan.uniform(KVFormat("int4", INT4, INT4, ""), 2),
-    "sinks": KVPlan.uniform(SINKS, 2),
-    "mixed": KVPlan("mixed", (LayerPlan(KV_FORMATS["fp16"]), LayerPlan(SINKS))),
-}  # for the miniature's two layers
+HEADS, HEAD_DIM = 2, 16  # the miniature's KV heads, in each of two layers
+PLANS = {name: plan_of(fmt, 2, HEADS, HEAD_DIM) for name, fmt in KV_FORMATS.items()}
+PLANS["mixed"] = KVPlan("mixed", (LayerPlan(KV_FORMATS["fp16"]), layer_plan_of(KV_FORMATS["int4"], HEADS, HEAD_DIM)))
 
 
 def text(seed: int, length: int) -> list[int]:

@@ -160,7 +160,7 @@ def test_closing_tells_those_who_run_and_those_who_wait(engine):
     engine.close()
     assert finished.nothing_more()
     for listener in listeners:
-        assert listener.all()[-1] == Failure("the engine is closed")
+        assert listener.all()[-1].message == "the engine is closed"
     assert not engine.stats().healthy
     with pytest.raises(EngineDeadError, match="the engine is closed; create a new one"):
         submit(engine)
@@ -194,7 +194,7 @@ def test_a_fault_ends_all_requests_with_its_cause(core, engine, monkeypatch, cap
     break_runner(core, monkeypatch)
     listeners = [submit(engine)[1] for _ in range(6)]
     for listener in listeners:
-        assert listener.all()[-1] == Failure("the engine failed: RuntimeError: boom")
+        assert listener.all()[-1].message == "the engine failed: RuntimeError: boom"
     assert not engine.stats().healthy
     with pytest.raises(EngineDeadError, match="the engine failed: RuntimeError: boom; create a new one"):
         submit(engine)
@@ -250,7 +250,7 @@ def test_a_sink_that_fails_at_the_end_too_keeps_the_news_from_nobody(core, engin
         listeners.append(submit(engine)[1])
     may_fail.set()
     for listener in listeners:
-        assert listener.all()[-1] == Failure("the engine failed: ValueError: boom")
+        assert listener.all()[-1].message == "the engine failed: ValueError: boom"
 
 
 def test_idle_it_sleeps(core, engine, monkeypatch):

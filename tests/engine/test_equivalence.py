@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -46,21 +48,26 @@ def requests() -> list[Ask]:
     ]
 
 
+def two_requests() -> list[Ask]:
+    """Two that share nothing."""
+    return [(text(8, 70), GREEDY), (text(9, 45), sampled(1))]
+
+
 @pytest.fixture(scope="module")
 def alone(tiny_model):
     """What each request gives in an engine of its own, by KV plan; computed when first asked for."""
-    known = {}
 
-    def outcome(plan):
-        if plan not in known:
-            known[plan] = drive_alone(tiny_model, requests(), PLANS[plan])
-        return known[plan]
+    @cache
+    def outcome(plan, asks=requests):
+        return drive_alone(tiny_model, asks(), PLANS[plan])
 
     return outcome
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("plan", "way"),
+    [*product(("int4", "mixed"), WAYS), *product(("fp32", "int8", "fp8_e4m3"), ("batched", "budget-3", "tiny-pool"))],
+)
 def test_company_chunks_and_preemption_change_nothing(tiny_model, alone, plan, way):
     outcome = drive(core_of(tiny_model, PLANS[plan], **WAYS[way]), requests())
     assert_same(outcome, alone(plan))
@@ -68,7 +75,7 @@ def test_company_chunks_and_preemption_change_nothing(tiny_model, alone, plan, w
         assert outcome.preemptions > 0
 
 
-@pytest.mark.parametrize("plan", ["int4", "sinks"])
+@pytest.mark.parametrize("plan", ["int4", "k8v4"])
 def test_token_by_token_is_the_same_too(tiny_model, alone, plan):
     assert_same(drive(core_of(tiny_model, PLANS[plan], max_num_batched_tokens=1), requests()), alone(plan))
 
@@ -76,10 +83,24 @@ def test_token_by_token_is_the_same_too(tiny_model, alone, plan):
 @pytest.mark.parametrize(
     ("plan", "budget"), [*(("int8", n) for n in range(2, 65, 5)), *(("mixed", n) for n in (2, 3, 5))]
 )
-def test_every_chunk_size_gives_the_same_bytes(tiny_model, plan, budget):
-    asks = [(text(8, 70), GREEDY), (text(9, 45), sampled(1))]
-    outcome = drive(core_of(tiny_model, PLANS[plan], max_num_batched_tokens=budget), asks)
-    assert_same(outcome, drive_alone(tiny_model, asks, PLANS[plan]))
+def test_every_chunk_size_gives_the_same_bytes(tiny_model, alone, plan, budget):
+    outcome = drive(core_of(tiny_model, PLANS[plan], max_num_batched_tokens=budget), two_requests())
+    assert_same(outcome, alone(plan, two_requests))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_format_keeps_the_promise(tiny_model, plan):
+    """In chunks that sinks and tiles do not divide, forked, preempted, and from the prefix cache."""
+    endless = {"max_tokens": 20, "ignore_eos": True}
+    asks = [(SHARED[:30], sampled(7, n=2, **endless)), (SHARED[:21] + text(10, 9), sampled(8, **endless))]
+    expected = drive_alone(tiny_model, asks, PLANS[plan])
+    core = core_of(tiny_model, PLANS[plan], room=50, max_model_len=50, max_num_batched_tokens=23)
+    outcome = drive(core, asks)
+    assert_same(outcome, expected)
+    assert outcome.preemptions > 0
+    again = drive(core, asks[:1])
+    assert again.requests[0].cached_tokens > 0
+    assert_same(again, drive_alone(tiny_model, asks[:1], PLANS[plan]))
 
 
 @pytest.mark.parametrize("plan", ["int4", "mixed"])
@@ -154,13 +175,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_other_models_keep_the_promise(tmp_path, variant):
     dtype, changes = VARIANTS[variant]
     model = load_model(write_checkpoint(tmp_path, **changes), dtype=dtype, ops=ReferenceOps())
-    core = core_of(model, PLANS["sinks"], room=192, max_num_batched_tokens=16)
+    core = core_of(model, PLANS["int4"], room=192, max_num_batched_tokens=16)
     asks = requests()
-    expected = drive_alone(model, asks, PLANS["sinks"])
+    expected = drive_alone(model, asks, PLANS["int4"])
     outcome = drive(core, asks)
     assert_same(outcome, expected)
     assert outcome.preemptions > 0
-    assert_same(drive(core, asks[::-1]), drive_alone(model, asks[::-1], PLANS["sinks"]))
+    assert_same(drive(core, asks[::-1]), drive_alone(model, asks[::-1], PLANS["int4"]))
 
 
 def test_prefixes_are_not_shared_where_the_prompts_length_changes_their_kv(tmp_path):

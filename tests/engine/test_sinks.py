@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvant.config import SamplingParams
 from kvant.errors import ConfigError
-from kvant.formats.kv import KV_FORMATS, KVFormat, KVPlan
-from tests.engine.drive import PLANS, SINKS, assert_same, core_of, drive, drive_alone, text
+from kvant.formats.kv import KV_FORMATS, KVPlan, LayerPlan
+from tests.engine.drive import PLANS, assert_same, core_of, drive, drive_alone, text
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -45,25 +45,27 @@ def test_choices_that_part_within_the_sinks_are_each_their_own(tiny_model, lengt
         assert torch.equal(kept, replay[: len(kept)]), "another choice wrote here"
 
 
-def test_a_cache_with_sinks_is_16_bit_for_the_first_tokens_and_few_bits_for_the_rest(tiny_model):
+@pytest.mark.parametrize("name", ["int4", "k8v4"])
+def test_a_cache_with_sinks_is_16_bit_for_the_first_tokens_and_few_bits_for_the_rest(tiny_model, name):
     """In the first layer, whose keys and values no cache has touched yet."""
-    prompt = text(21, 30)
+    prompt, with_sinks = text(21, 30), PLANS[name].layers[0]
+    without = replace(with_sinks, format=replace(with_sinks.format, sinks=0))
 
-    def kept(fmt: KVFormat, side: str) -> Tensor:
-        core = core_of(tiny_model, KVPlan.uniform(fmt, 2), block_size=16)
+    def kept(layer: LayerPlan, side: str) -> Tensor:
+        core = core_of(tiny_model, KVPlan("one", (layer, layer)), block_size=16)
         request = core.request(prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), lambda *_: None)
         core.add(request)
         core.step()
         return core.store.layers[0].read(side, torch.tensor(request.sequences[0].blocks))[:, :30]
 
     for side in ("key", "value"):
-        sinks, wide = kept(SINKS, side), kept(KV_FORMATS["fp16"], side)
+        sinks, wide = kept(with_sinks, side), kept(LayerPlan(KV_FORMATS["fp16"]), side)
         assert torch.equal(sinks[:, :4], wide[:, :4])
-        assert torch.equal(sinks[:, 4:], kept(replace(SINKS, sinks=0), side)[:, 4:])
+        assert torch.equal(sinks[:, 4:], kept(without, side)[:, 4:])
         assert not torch.equal(sinks[:, 4:], wide[:, 4:])
 
 
-@pytest.mark.parametrize("plan", ["sinks", "mixed"])
+@pytest.mark.parametrize("plan", ["int4", "k8v4", "mixed"])
 def test_blocks_too_small_for_the_sinks_are_refused(tiny_model, plan):
     with pytest.raises(ConfigError, match=r"block_size=8 is too small .* use block_size=16 or more"):
         core_of(tiny_model, PLANS[plan], block_size=8)
@@ -71,7 +73,7 @@ def test_blocks_too_small_for_the_sinks_are_refused(tiny_model, plan):
 
 @pytest.mark.parametrize("prompt_length", [1, 3, 4, 5, 35])
 def test_a_pool_of_one_sequence_with_sinks_serves_any_text_that_fits(tiny_model, prompt_length):
-    core = core_of(tiny_model, PLANS["sinks"], room=36, max_model_len=36, max_num_batched_tokens=10)
+    core = core_of(tiny_model, PLANS["int4"], room=36, max_model_len=36, max_num_batched_tokens=10)
     assert core.memory.num_blocks == 3
     asks = [(text(seed, prompt_length), SamplingParams(temperature=0, ignore_eos=True)) for seed in (1, 2)] * 2
     for [output] in drive(core, asks).outputs:

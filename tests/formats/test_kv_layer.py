@@ -12,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from kvant.formats.kv import KVFormat, KVLayer, KVPlan, LayerPlan
+from kvant.errors import NotFiniteError
+from kvant.formats.kv import KV_FORMATS, KVFormat, KVLayer, KVPlan, LayerPlan
 from kvant.formats.kv_codecs import AffineCodec, FloatCodec, Plane, Planes, VectorCodec
 from kvant.formats.kv_stats import NO_STATS, LayerStats
+from tests.formats.stats import layer_plan_of
 
 SPAN = 4  # slots of a token in 16 bit, written down once more: stored caches and other backends count on it
 HALF, INT8, INT4 = FloatCodec(torch.float16), AffineCodec(8), AffineCodec(4)
@@ -77,16 +79,19 @@ class Texts:
 
 @st.composite
 def texts(draw: st.DrawFn) -> Texts:
-    """Several layers of different formats under one lead; lengths about the ends of the sinks and of blocks."""
-    formats = draw(st.lists(st.sampled_from(FORMATS), min_size=1, max_size=3))
-    plan = KVPlan("mixed", tuple(LayerPlan(fmt) for fmt in formats))
+    """Several layers of different formats under one lead, those that are registered with the constants they work with.
+
+    Lengths lie about the ends of the sinks and of blocks.
+    """
+    formats = draw(st.lists(st.sampled_from([*FORMATS, *KV_FORMATS.values()]), min_size=1, max_size=3))
+    heads, dim = draw(st.sampled_from(((1, 8), (2, 16), (3, 24))))
+    plan = KVPlan("mixed", tuple(layer_plan_of(fmt, heads, dim, seed) for seed, fmt in enumerate(formats)))
     block_size = draw(st.sampled_from((16, 32)))
     lengths = draw(st.lists(st.sampled_from((1, 2, 3, 4, 5, 15, 16, 17, 20, 21, 37)), min_size=1, max_size=3))
     counts = [-(-(length + plan.lead) // block_size) + draw(st.integers(0, 1)) for length in lengths]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     free = torch.randperm(sum(counts) + 2, generator=generator).tolist()
-    shape = draw(st.sampled_from(((1, 8), (2, 16), (3, 24))))
-    vectors = [torch.randn(2, shape[0], length, shape[1], generator=generator) for length in lengths]
+    vectors = [torch.randn(2, heads, length, dim, generator=generator) for length in lengths]
     for x in vectors:
         x[:, :, 0, 0] *= 1e6  # beyond float16
     tables = tuple([free.pop() for _ in range(count)] for count in counts)
@@ -103,11 +108,12 @@ def splits(draw: st.DrawFn, tokens: list[Token]) -> list[list[Token]]:
     return [tokens[start:stop] for start, stop in pairwise(edges)]
 
 
-def round_trip(fmt: KVFormat, side: str, x: Tensor) -> Tensor:
+def round_trip(plan: LayerPlan, side: str, x: Tensor) -> Tensor:
     """What reading x [kv_heads, tokens, head_dim] back should give, its first tokens in 16 bit."""
-    codec = fmt.key if side == "key" else fmt.value
+    fmt = plan.format
+    codec, stats = (fmt.key, plan.key_stats) if side == "key" else (fmt.value, plan.value_stats)
     positions = torch.arange(x.shape[1])[fmt.sinks :]
-    rest = codec.decode(codec.encode(x[:, fmt.sinks :], positions, NO_STATS), positions, NO_STATS)
+    rest = codec.decode(codec.encode(x[:, fmt.sinks :], positions, stats), positions, stats)
     return torch.cat([x[:, : fmt.sinks].clamp(-65504, 65504).half().float(), rest], dim=1)
 
 
@@ -131,7 +137,7 @@ def test_what_was_written_in_any_order_is_read_back_in_the_texts(it, data):
                 found = layer.read(side, torch.tensor(table))
                 assert found.shape == (x.shape[0], len(table) * it.block_size, x.shape[2])
                 assert found.dtype == torch.float32
-                assert torch.equal(found[:, : x.shape[1]], round_trip(layer.format, side, x))
+                assert torch.equal(found[:, : x.shape[1]], round_trip(layer.plan, side, x))
                 assert not found[:, found.shape[1] - it.plan.lead :].any()
 
 
@@ -215,7 +221,7 @@ def test_a_copy_of_the_first_block_keeps_the_sinks_in_common(name, common):
     write(layer, other, [1], torch.arange(common, 4))
     for side, kept, new in zip(("key", "value"), first, other, strict=True):
         assert torch.equal(layer.read(side, torch.tensor([1]))[:, :4], new.half().float())
-        assert torch.equal(layer.read(side, torch.tensor([2, 0]))[:, :12], round_trip(layer.format, side, kept))
+        assert torch.equal(layer.read(side, torch.tensor([2, 0]))[:, :12], round_trip(layer.plan, side, kept))
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -225,7 +231,7 @@ def test_reading_does_not_see_the_blocks_of_others(name):
         plane.view(torch.uint8)[[1, 3]] = 255
     for side, vectors in zip(("key", "value"), x, strict=True):
         found = layer.read(side, torch.tensor([2, 0]))
-        assert torch.equal(found[:, :12], round_trip(layer.format, side, vectors))
+        assert torch.equal(found[:, :12], round_trip(layer.plan, side, vectors))
         assert torch.equal(layer.read(side, torch.tensor([2]))[:, :4], found[:, :4])
 
 
@@ -261,3 +267,22 @@ def test_codecs_get_each_tokens_position_and_their_own_sides_statistics(sinks, l
             block, offset = [2, 0, 3][(position + lead) // 16], (position + lead) % 16
             expected = (vectors[:, position] * sides[side].scale.unsqueeze(1)).roll(position, -1)
             assert torch.equal(layer.planes[f"{side}.data"][block, :, offset], expected)
+
+
+@pytest.mark.parametrize("name", KV_FORMATS)
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize(("side", "position"), [(0, 0), (0, 11), (1, 2), (1, 6)])
+def test_what_is_not_finite_is_refused_before_anything_is_written(name, bad, side, position):
+    """Of sinks and of others: one such element would make every later text of its prefix NaN."""
+    plan = layer_plan_of(KV_FORMATS[name], kv_heads=1, head_dim=8)
+    planes = {p.name: torch.zeros(4, 1, 16, *p.shape, dtype=p.dtype) for p in plan.format.planes(8)}
+    layer = KVLayer(plan, 16, plan.format.lead, planes)
+    x = torch.randn(2, 1, 12, 8, generator=torch.Generator().manual_seed(4))
+    x[side, 0, position, 3] = bad
+    x[0, 0, 8, 0] = bad
+    with pytest.raises(
+        NotFiniteError, match="keys or values are not finite: it overflows .*; try dtype='float32'"
+    ) as it:
+        write(layer, x, [2, 0, 3], torch.arange(12))
+    assert it.value.tokens == tuple(sorted((position, 8)))
+    assert not any(plane.view(torch.uint8).any() for plane in layer.planes.values())

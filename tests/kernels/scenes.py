@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
-from kvant.formats.kv import SINK_SPAN, KVFormat, KVLayer, KVPlan, KVShape
+from kvant.formats.kv import SINK_SPAN, KVLayer, KVPlan, KVShape, LayerPlan
+from kvant.formats.kv_codecs import Planes
 from kvant.kernels.ops import AttentionBatch
 
 
@@ -34,11 +35,11 @@ class Scene:
 
 
 def scene(
-    fmt: KVFormat, kv_heads: int, head_dim: int, block_size: int, lengths: list[tuple[int, int]], seed: int
+    layer: LayerPlan, kv_heads: int, head_dim: int, block_size: int, lengths: list[tuple[int, int]], seed: int
 ) -> Scene:
     """Sequences of (tokens known before, tokens of this step), their blocks anywhere in the pool."""
     generator = torch.Generator().manual_seed(seed)
-    plan = KVPlan.uniform(fmt, 1)
+    plan = KVPlan(layer.format.name, (layer,))
     paging = Paging(block_size, plan.lead)
     contexts = [before + new for before, new in lengths]
     counts = [paging.blocks_for(context) for context in contexts]
@@ -46,7 +47,7 @@ def scene(
     cache = store.layers[0]
     every = torch.arange((sum(counts) + 3) * block_size)
     noise = 50 * torch.randn(2, kv_heads, len(every), head_dim, generator=generator)
-    cache.write(*noise, every, every + fmt.sinks)
+    cache.write(*noise, every, every + layer.format.sinks)
     free = torch.randperm(sum(counts) + 3, generator=generator).split([*counts, 3])
     tables = torch.full((len(lengths), max(counts) + 1), int(free[-1][0]))
     for row, blocks in enumerate(free[:-1]):
@@ -87,6 +88,13 @@ def step_kv(it: Scene, cache: KVLayer) -> tuple[Tensor, Tensor]:
         torch.cat([cache.read(side, table)[:, new] for table, new in pieces], dim=1) for side in ("key", "value")
     )
     return keys, values
+
+
+def step_planes(it: Scene, side: str) -> Planes:
+    """What the scene's cache holds on one side ("key", "value") for the step's tokens, but for sinks: [G, T, ...]."""
+    slots = it.batch.slots[it.batch.positions >= it.cache.format.sinks]
+    block, offset = slots // it.cache.block_size, slots % it.cache.block_size
+    return {name: plane[block, :, offset].transpose(0, 1) for name, plane in it.cache.side(side).items()}
 
 
 def step_slots(it: Scene) -> Tensor:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvant.formats.kv import KV_FORMATS
+from kvant.formats.kv import KV_FORMATS, LayerPlan
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 from kvant.kernels.reference import ReferenceOps
+from tests.formats.stats import layer_plan_of
 from tests.kernels.scenes import Scene, scene
 
 OPS = ReferenceOps()
@@ -60,12 +61,12 @@ def chunks(total: int, size: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("name", ["fp32", "int4"])
+@pytest.mark.parametrize("name", ["fp32", "int4", "k8v4", "fp8_e4m3"])
 @pytest.mark.parametrize(("kv_heads", "ratio", "dim"), [(2, 2, 16), (3, 3, 64), (1, 8, 128)])
 @pytest.mark.parametrize("window", [None, 50])
 def test_attention_is_the_same_in_chunks_of_any_size_and_among_others(name, kv_heads, ratio, dim, window):
     lengths = [(0, 300), (0, 140), (200, 1)]
-    it: Scene = scene(KV_FORMATS[name], kv_heads, dim, 16, lengths, seed=5)
+    it: Scene = scene(layer_plan_of(KV_FORMATS[name], kv_heads, dim), kv_heads, dim, 16, lengths, seed=5)
     shape = AttentionShape(kv_heads * ratio, kv_heads, dim, dim**-0.5, window, 20.0)
     q = random(6, it.tokens, shape.num_heads, dim)
     whole = OPS.attention(q, it.cache, it.batch, shape)
@@ -81,7 +82,7 @@ def test_attention_is_the_same_in_chunks_of_any_size_and_among_others(name, kv_h
 
 def test_attention_does_not_see_what_lies_beyond_the_context():
     """Blocks are reused: behind a sequence's last token lies what someone else left there."""
-    it = scene(KV_FORMATS["fp32"], 2, 16, 16, [(0, 21)], seed=7)
+    it = scene(LayerPlan(KV_FORMATS["fp32"]), 2, 16, 16, [(0, 21)], seed=7)
     shape = AttentionShape(4, 2, 16, 0.25)
     q = random(8, 21, 4, 16)
     expected = OPS.attention(q, it.cache, it.batch, shape)

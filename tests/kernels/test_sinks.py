@@ -13,23 +13,21 @@ from torch import Tensor
 
 from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
-from kvant.formats.kv import SINK_SPAN, KVFormat, KVLayer, KVPlan, KVShape, LayerPlan
-from kvant.formats.kv_codecs import AffineCodec, FloatCodec
-from kvant.formats.kv_stats import NO_STATS
+from kvant.formats.kv import KV_FORMATS, SINK_SPAN, KVFormat, KVLayer, KVPlan, KVShape
+from kvant.formats.kv_codecs import AffineCodec
 from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops
 from kvant.kernels.reference import ReferenceOps
 from kvant.kernels.select import available_backends
+from tests.formats.stats import layer_plan_of
 from tests.kernels import oracle
 
-HALF, INT8, INT4 = FloatCodec(torch.float16), AffineCodec(8), AffineCodec(4)
-PLAN = KVPlan(
-    "mixed",
-    (
-        LayerPlan(KVFormat("int4", INT4, INT4, "", sinks=4)),
-        LayerPlan(KVFormat("k8v4", INT8, INT4, "", sinks=2)),
-        LayerPlan(KVFormat("fp16", HALF, HALF, "")),
-    ),
-)
+FEWER_SINKS = KVFormat("k8v4-plain", AffineCodec(8), AffineCodec(4), "", sinks=2)
+LAYERS = (KV_FORMATS["int4"], FEWER_SINKS, KV_FORMATS["fp16"], KV_FORMATS["k8v4"])
+
+
+def plan_of(kv_heads: int, head_dim: int) -> KVPlan:
+    """Layers that keep 4, 2 and no sinks, those of registered formats with the constants they work with."""
+    return KVPlan("mixed", tuple(layer_plan_of(fmt, kv_heads, head_dim, seed) for seed, fmt in enumerate(LAYERS)))
 
 
 @pytest.fixture(params=sorted(available_backends()), scope="module")
@@ -69,17 +67,19 @@ class Texts:
 
     def held(self, cache: KVLayer, text: int, side: int) -> Tensor:
         """What the cache should hold of a text, [kv_heads, tokens, head_dim]: 16 bit, then the codec's rounding."""
-        x, fmt = self.vectors[text][side].transpose(0, 1), cache.format
-        codec, positions = (fmt.key, fmt.value)[side], torch.arange(x.shape[1])[fmt.sinks :]
-        rest = codec.decode(codec.encode(x[:, fmt.sinks :], positions, NO_STATS), positions, NO_STATS)
+        x, plan, fmt = self.vectors[text][side].transpose(0, 1), cache.plan, cache.format
+        codec, stats = ((fmt.key, plan.key_stats), (fmt.value, plan.value_stats))[side]
+        positions = torch.arange(x.shape[1])[fmt.sinks :]
+        rest = codec.decode(codec.encode(x[:, fmt.sinks :], positions, stats), positions, stats)
         return torch.cat([x[:, : fmt.sinks].half().float(), rest], dim=1)
 
 
 def texts(lengths: list[int], kv_heads: int, head_dim: int, block_size: int, seed: int) -> Texts:
     generator = torch.Generator().manual_seed(seed)
-    paging = Paging(block_size, PLAN.lead)
+    plan = plan_of(kv_heads, head_dim)
+    paging = Paging(block_size, plan.lead)
     counts = [paging.blocks_for(length) for length in lengths]
-    store = KVStore.allocate(KVShape(3, kv_heads, head_dim), PLAN, sum(counts) + 1, block_size)
+    store = KVStore.allocate(KVShape(len(LAYERS), kv_heads, head_dim), plan, sum(counts) + 1, block_size)
     for layer in store.layers:
         for plane in layer.planes.values():
             plane.view(torch.uint8).fill_(255)
@@ -120,7 +120,7 @@ def test_what_is_written_is_attended_to(ops, spans, kv_heads, ratio, dim, block_
                 assert (found[token].double() - torch.tensor(expected)).abs().max() <= 2e-5 * abs(values).max()
 
 
-@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("layer", range(len(LAYERS)))
 def test_a_step_writes_the_slots_of_its_own_tokens_only(ops, layer):
     """Each text continues where it was: before the sinks, among them, behind them."""
     spans = [(0, 2), (1, 3), (3, 9), (4, 5), (20, 37)]
@@ -135,7 +135,8 @@ def test_a_step_writes_the_slots_of_its_own_tokens_only(ops, layer):
         mine = torch.zeros_like(changed)
         for table, span in zip(it.tables, spans, strict=True):
             for position in range(*span):
-                first = [SINK_SPAN * position + i for i in range(SINK_SPAN)] if "affine" not in name else []
+                codes = name.endswith((".codes", ".data"))
+                first = [SINK_SPAN * position + i for i in range(SINK_SPAN)] if codes else []
                 for number in first if position < sinks else [position + it.store.paging.lead]:
                     mine[table[number // 16], number % 16] = True
         assert not (changed & ~mine).any(), name

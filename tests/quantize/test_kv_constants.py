@@ -12,6 +12,7 @@ from kvant.formats.kv import KV_FORMATS, LayerPlan
 from kvant.formats.kv_codecs import StaticCodec, hadamard
 from kvant.formats.kv_stats import CENTRE_TILE, NO_STATS, LayerStats, turn
 from kvant.models.rope import RotaryEmbedding
+from kvant.models.rope import inverse_frequencies
 from kvant.models.spec import RopeSpec
 from kvant.quantize import kv_constants
 from kvant.quantize.kv_constants import frequencies, key_centre, key_shape, layer_plan, static_scale, turned_moment
@@ -96,6 +97,19 @@ def test_the_factor_of_a_stretched_rope_is_for_what_turns():
     mean, positions = noise(HEADS, DIM), torch.arange(CENTRE_TILE)
     centre = key_centre(mean, replace(YARN, dim=20)).at(positions)
     torch.testing.assert_close(centre[..., 20:], mean[:, None, 20:].expand(-1, CENTRE_TILE, -1))
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_pairs_that_turn_otherwise_in_longer_prompts_have_no_centre(kind):
+    """Where such a pair's mean stands depends on the prompt: a wrong centre would be worse than none."""
+    rope, mean, positions = ROPES[kind], noise(HEADS, DIM), torch.arange(CENTRE_TILE)
+    longer = 4 * rope.original_length
+    steady = torch.isclose(inverse_frequencies(rope, longer), frequencies(rope), rtol=1e-6, atol=0).repeat(2)
+    assert not steady.all()
+    within, beyond = (key_centre(mean, rope, longest).at(positions) for longest in (rope.original_length, longer))
+    assert torch.equal(within, key_centre(mean, rope).at(positions))
+    assert not beyond[..., : rope.dim][..., ~steady].any()
+    torch.testing.assert_close(beyond[..., : rope.dim][..., steady], within[..., : rope.dim][..., steady])
 
 
 def test_frequencies_are_those_within_the_original_length():

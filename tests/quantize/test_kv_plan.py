@@ -19,7 +19,7 @@ from kvant.formats.kv import KV_FORMATS, KVPlan, LayerPlan
 from kvant.formats.kv_codecs import ShapedCodec, StaticCodec
 from kvant.formats.kv_stats import NO_STATS, LayerStats
 from kvant.kernels.reference import ReferenceOps
-from kvant.quantize import kv_plan
+from kvant.quantize import kv_known
 from kvant.quantize.kv_constants import layer_plan
 from kvant.quantize.kv_measure import measure_kv
 from kvant.quantize.kv_plan import plan_kv_cache
@@ -38,8 +38,8 @@ KEYS, VALUES = (0.02, 0.5), (0.03, 0.25)  # the steps of the miniature's two lay
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The cache directory, empty; and a text that is read in no time."""
     monkeypatch.setenv("KVANT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(kv_plan, "WINDOWS", 2)
-    monkeypatch.setattr(kv_plan, "WINDOW_SIZE", 48)
+    monkeypatch.setattr(kv_known, "WINDOWS", 2)
+    monkeypatch.setattr(kv_known, "WINDOW_SIZE", 48)
     return tmp_path / "home"
 
 
@@ -52,7 +52,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[KVStatistics]:
         found.append(measure_kv(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(kv_plan, "measure_kv", measure)
+    monkeypatch.setattr(kv_known, "measure_kv", measure)
     return found
 
 
@@ -130,9 +130,9 @@ def test_a_model_is_measured_once(plan_of, tiny_model, measured, home):
 
 def test_it_reads_the_bundled_text_in_its_own_tokens(plan_of, tiny_model, tokenizer, monkeypatch):
     seen = []
-    monkeypatch.setattr(kv_plan, "measure_kv", lambda _, windows: seen.append(windows) or measure_kv(_, windows))
+    monkeypatch.setattr(kv_known, "measure_kv", lambda _, windows: seen.append(windows) or measure_kv(_, windows))
     plan_of("int8")
-    assert "".join(tokenizer.decode(window) for window in seen[0]) == kv_plan.calibration_text()[:96]
+    assert "".join(tokenizer.decode(window) for window in seen[0]) == kv_known.calibration_text()[:96]
 
 
 def test_windows_are_no_longer_than_the_models_context(tmp_path, plan_of, measured):
@@ -143,7 +143,7 @@ def test_windows_are_no_longer_than_the_models_context(tmp_path, plan_of, measur
 
 def test_the_bundled_text_is_long_enough_for_any_tokenizer(smollm2):
     """A token of the largest vocabularies has some six letters."""
-    assert len(kv_plan.calibration_text()) > 10 * 4 * 512
+    assert len(kv_known.calibration_text()) > 10 * 4 * 512
 
 
 def test_other_files_are_another_model(tmp_path, plan_of, measured):
@@ -169,9 +169,9 @@ def test_other_files_are_another_model(tmp_path, plan_of, measured):
 
 def test_another_text_or_another_amount_of_it_is_measured_anew(plan_of, measured, monkeypatch):
     plan_of("int8")
-    monkeypatch.setattr(kv_plan, "WINDOWS", 3)
+    monkeypatch.setattr(kv_known, "WINDOWS", 3)
     plan_of("int8")
-    monkeypatch.setattr(kv_plan, "calibration_text", lambda: "another text " * 99)
+    monkeypatch.setattr(kv_known, "calibration_text", lambda: "another text " * 99)
     plan_of("int8")
     assert [found.tokens for found in measured] == [96, 144, 144]
 

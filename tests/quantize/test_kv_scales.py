@@ -232,6 +232,9 @@ def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def keys(self) -> Any:
             return self._file.keys()
 
+        def metadata(self) -> Any:
+            return self._file.metadata()
+
         def get_tensor(self, name: str) -> Tensor:
             asked.append(name)
             return self._file.get_tensor(name)
@@ -487,4 +490,15 @@ def test_tensors_hold_the_scales_exactly(data, layout, heads, per_head):
     fused = layout == "fused"
     assert same(read.keys, scales.shared() if fused else scales.keys)
     assert same(read.values, scales.shared() if fused else scales.values)
-    assert read.codes == (scales.codes if layout in ("compressed-tensors", "modelopt") else None)
+    assert read.codes == scales.codes
+
+
+@pytest.mark.parametrize("codes", ["int8", "fp8", None])
+def test_the_json_file_tells_its_codes_where_they_are_known(tmp_path, codes):
+    """Steps of fp8 codes read as those of int8 would cut off everything beyond 28% of the range."""
+    scales = KVScales((vector(0.5),), (vector(0.5),), codes)
+    write_scales(tmp_path, scales, "vllm")
+    assert read_scales(tmp_path / "kv_cache_scales.json", 1, 4).codes == codes
+    content = json.loads((tmp_path / "kv_cache_scales.json").read_text())
+    assert content["kv_cache"]["dtype"] == "float8_e4m3fn"
+    assert content.get("codes") == codes

@@ -56,7 +56,7 @@ def assert_refused(path: Path, says: str, shape: KVShape = SHAPE) -> None:
     with pytest.raises(CorruptModelError, match=says) as refused:
         KVStatistics.load(path, shape)
     assert str(path) in str(refused.value)
-    assert "`kvant calibrate MODEL --kv`" in str(refused.value)
+    assert "`kvant calibrate MODEL --kv -o DIR`" in str(refused.value)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])

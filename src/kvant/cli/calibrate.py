@@ -51,8 +51,6 @@ _WHAT_IT_IS: Mapping[LayoutName, str] = MappingProxyType(
         LayoutName.FUSED: "kv_scales.safetensors (kv_scale)",
     }
 )
-# 4-bit codes lose 1 to 3 % of a vector's energy: from here on, that is a fifth to a half of what tells keys apart.
-_MUCH_IN_COMMON = 0.95
 
 _FIELDS = ("dtype", "num_threads", "device")
 _FLAGS = tuple(flag for flag in ENGINE_FLAGS if flag.field in _FIELDS)
@@ -116,7 +114,7 @@ def calibrate(
     with reading_progress() as progress:
         # Imported here: it needs torch.
         from kvant.quantize.kv_calibrate import ScaleFiles, calibrate_kv
-        from kvant.quantize.kv_plan import WINDOWS
+        from kvant.quantize.kv_known import WINDOWS
 
         scales = ScaleFiles(
             layouts=tuple(name.value for name in layouts), codes=codes.value, per_head=per_head, tp_size=tp_size
@@ -146,7 +144,7 @@ def _print_files(directory: Path, scales: ScaleFiles, layouts: tuple[LayoutName,
 
 
 def _print_keys(measured: KVStatistics) -> None:
-    """What the keys have in common, and what that means for codes of 4 bits."""
+    """What the keys have in common: int8 and int4 take it off, plain codes spend their levels on it."""
     from kvant.quantize.kv_calibrate import common_key_share
 
     shares = [common_key_share(layer) for layer in measured.layers]
@@ -155,6 +153,3 @@ def _print_keys(measured: KVStatistics) -> None:
         f"keys: their mean has {median(shares):.1%} of their energy in the median layer, {largest:.1%} in layer "
         f"{shares.index(largest)}"
     )
-    high = [str(layer) for layer, share in enumerate(shares) if share >= _MUCH_IN_COMMON]
-    where = f"in layer{'s' * (len(high) > 1)} {', '.join(high)}" if high else "in no layer"
-    typer.echo(f"  int4_plain, which leaves it in, loses much of what tells keys apart {where}; int4 takes it off")

@@ -50,7 +50,7 @@ def extract_scales(
     \b
     kvant extract-scales --quantized-model DIR
     kvant extract-scales --quantized-model DIR --tp-size 2 -o OUT
-    kvant serve MODEL --kv-cache-dtype int8_pertensor --quantization-param-path OUT/kv_cache_scales.json
+    kvant serve MODEL --kv-cache-dtype fp8_e4m3 --quantization-param-path OUT/kv_cache_scales.json
     """  # noqa: D301
     from kvant.quantize.scales.files import cache_sizes, read_scales
     from kvant.quantize.scales.param_file import write_param_file

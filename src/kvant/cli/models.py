@@ -152,7 +152,7 @@ def _to_fetch(here: Iterable[str]) -> list[str]:
 def _print_formats(console: Console) -> None:
     table = _table("KV-cache formats (--kv-cache-dtype)", "name", "bits", "about")
     for fmt in kv_formats():
-        table.add_row(fmt["name"], f"{fmt['bits']:g}", fmt["summary"])
+        table.add_row(fmt["name"], f"{fmt['bits']:.4g}", fmt["summary"])
     console.print()
     console.print(table)
     console.print(f"Bits an element, scales and zeros included, at head size {_USUAL_HEAD_DIM}.", style="dim")

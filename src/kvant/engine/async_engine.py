@@ -14,7 +14,6 @@ from kvant.engine.deltas import DeltaBuilder
 from kvant.engine.inputs import Prompt
 from kvant.engine.outputs import Delta
 from kvant.engine.sequence import Failure, Request, TokenEvent
-from kvant.errors import EngineDeadError
 
 _Events = asyncio.Queue["TokenEvent | Failure"]
 
@@ -73,7 +72,7 @@ class AsyncEngine(Front):
             while not builder.finished:
                 event = await events.get()
                 if isinstance(event, Failure):
-                    raise EngineDeadError(event.message)
+                    raise event.error
                 delta = builder.push(event)
                 if builder.stopped_early(event):
                     engine.abort(request, event.index)

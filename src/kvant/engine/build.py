@@ -17,8 +17,7 @@ from kvant.engine.engine import Engine
 from kvant.engine.inputs import Prompt, encode_prompt
 from kvant.errors import ConfigError, CorruptModelError
 from kvant.kernels.select import select_ops
-from kvant.quantize.kv_plan import plan_kv_cache
-from kvant.quantize.kv_policy import resolve_layer_formats
+from kvant.quantize.kv_plan import check_kv_settings, plan_kv_cache
 from kvant.text.tokenizer import Tokenizer
 from kvant.weights.load import generation_defaults, inspect_model, load_model
 from kvant.weights.locate import DEFAULT_MODEL, locate
@@ -98,7 +97,7 @@ def serve_model(model: str | Path | None, config: EngineConfig) -> ServedModel:
         torch.set_num_threads(config.num_threads)
     path = locate(model)
     # A wrong name is told before the weights are read.
-    resolve_layer_formats(config, inspect_model(path), torch.float32)
+    check_kv_settings(config, inspect_model(path), torch.float32)
     loaded = load_model(path, dtype=config.dtype, ops=select_ops(config.device))
     tokenizer = read_tokenizer(loaded.source)
     core = Core(loaded, config, tokenizer.end_ids, plan_kv_cache(config, loaded, tokenizer))

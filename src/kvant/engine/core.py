@@ -13,8 +13,8 @@ from kvant.cache.store import KVStore, MemoryReport, fit_pool
 from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.runner import Runner
 from kvant.engine.scheduler import Scheduler
-from kvant.engine.sequence import Request, Sink, TokenEvent
-from kvant.errors import ConfigError, RequestError
+from kvant.engine.sequence import Failure, Plan, Request, Sink, TokenEvent
+from kvant.errors import ConfigError, NotFiniteError, RequestError
 from kvant.formats.kv import KVPlan, resolve_kv_format
 from kvant.weights.load import LoadedModel
 
@@ -122,11 +122,22 @@ class Core:
         """Whether a step would compute anything."""
         return self._scheduler.has_work()
 
-    def step(self) -> list[tuple[Request, TokenEvent]]:
-        """One step: plan, run, commit."""
+    def step(self) -> List[tuple[Request, TokenEvent | Failure]]:
+        """One step: plan, run, commit. Requests whose numbers are not finite fail; the others lose nothing by it."""
         plan = self._scheduler.plan()
-        sampled = self._runner.run(plan)
+        try:
+            sampled = self._runner.run(plan)
+        except NotFiniteError as error:
+            return self._drop(plan, error)
         return self._scheduler.commit(plan, sampled)
+
+    def _drop(self, plan: Plan, error: NotFiniteError) -> list[tuple[Request, Failure]]:
+        """End the requests that the error's tokens belong to. What the step computed is computed again."""
+        owners = [row.sequence.request for row in plan.rows for _ in range(row.start, row.stop)]
+        culprits = dict.fromkeys(owners[token] for token in error.tokens or range(len(owners)))
+        for request in culprits:
+            self.abort(request)
+        return [(request, Failure(error)) for request in culprits]
 
     def stats(self) -> EngineStats:
         """What is running, waiting, and held."""

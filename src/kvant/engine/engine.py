@@ -88,7 +88,7 @@ class Engine:
             self._commands.get()()
             idle = False
 
-    def _deliver(self, events: List[tuple[Request, TokenEvent]]) -> None:
+    def _deliver(self, events: List[tuple[Request, TokenEvent | Failure]]) -> None:
         for request, event in events:
             if not _tell(request, event):
                 self._core.abort(request)
@@ -100,7 +100,7 @@ class Engine:
         with self._gate:
             left, self._live = self._live, set()
         for request in left:
-            _tell(request, Failure(self._death or "the engine is closed"))
+            _tell(request, Failure(EngineDeadError(self._death or "the engine is closed")))
 
 
 def _tell(request: Request, event: TokenEvent | Failure) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kvant.config import SamplingParams
 from kvant.engine.outputs import FinishReason, TokenLogprobs
+from kvant.errors import KvantError
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,14 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Failure:
-    """The engine died; nothing more will come."""
+    """Nothing more will come, for this reason: the engine died, or cannot go on with this request."""
 
-    message: str
+    error: KvantError
+
+    @property
+    def message(self) -> str:
+        """The reason in words."""
+        return str(self.error)
 
 
 Sink = Callable[["Request", TokenEvent | Failure], None]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvant.config import EngineConfig
+from kvant.errors import NotFiniteError
 from kvant.evaluate.scores import Row, Scores, score, summarize
 from kvant.evaluate.texts import BUNDLED_TEXT, check_windows, read_text
 from kvant.formats.kv import KVFormat, KVPlan, resolve_kv_format
@@ -22,7 +23,7 @@ from kvant.kernels.select import select_ops
 from kvant.models.decoder import Decoder
 from kvant.models.families import model_spec
 from kvant.models.forcing import force, new_store
-from kvant.quantize.kv_plan import plan_kv_cache
+from kvant.quantize.kv_plan import check_kv_settings, plan_kv_cache
 from kvant.quantize.texts import Window, cut_windows
 from kvant.text.tokenizer import Tokenizer
 from kvant.weights.load import LoadedModel, load_model, open_source
@@ -77,11 +78,12 @@ def compare_kv_formats(
             keeps the model from being loaded.
     """
     engine = engine or EngineConfig()
-    for name in formats:
-        resolve_kv_format(name, torch.float32)  # all that can be told early is told before the weights are read
     content, path = read_text(text), locate(model)
     source = open_source(path)
-    check_windows(windows, window_size, model_spec(source.config).max_position)
+    spec = model_spec(source.config)
+    for name in formats:  # all that can be told early is told before the weights are read
+        check_kv_settings(dataclasses.replace(engine, kv_cache_dtype=name), spec, torch.float32)
+    check_windows(windows, window_size, spec.max_position)
     tokenizer = read_tokenizer(source)
     pieces = cut_windows(content, tokenizer, windows, window_size)
     if engine.num_threads is not None:
@@ -120,9 +122,7 @@ def compare_kv(
     for window in windows:
         hidden = []
         for plan in contenders:
-            # The last token's successor is not known.
-            store = new_store(model.decoder, plan, len(window))
-            hidden.append(force(model.decoder, store, window[:-1], len(window)))
+            hidden.append(_hidden_states(model, plan, window))
             progress(len(found) * len(contenders) + len(hidden), len(windows) * len(contenders))
         found.append(_score_window(model.decoder, hidden, torch.tensor(window[1:])))
     scores = [_joined(of_plan, torch.stack) for of_plan in zip(*found, strict=True)]
@@ -130,6 +130,15 @@ def compare_kv(
         summarize(name, plan.name, plan.bits_per_element(model.spec.kv_shape), of_plan, scores[0])
         for name, plan, of_plan in zip(names, contenders, scores, strict=True)
     )
+
+
+def _hidden_states(model: LoadedModel, plan: KVPlan, window: Window) -> Tensor:
+    """After each token but the last, whose successor is not known; nan where the plan gives nothing finite."""
+    try:
+        store = new_store(model.decoder, plan, len(window))
+        return force(model.decoder, store, window[:-1], len(window))
+    except NotFiniteError:
+        return torch.full((len(window) - 1, model.spec.hidden_size), torch.nan, dtype=model.dtype)
 
 
 @torch.inference_mode()

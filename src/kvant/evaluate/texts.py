@@ -20,7 +20,7 @@ def read_text(path: Path | None) -> str:
         ConfigError: the file cannot be read.
     """
     if path is None:
-        return resources.files("kvant.quantize").joinpath("data", "evaluation.txt").read_text(encoding="utf-8")
+        return resources.files("kvant.evaluate").joinpath("data", "evaluation.txt").read_text(encoding="utf-8")
     return read_text_file(path)
 
 

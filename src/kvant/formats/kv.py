@@ -101,7 +101,7 @@ KV_FORMATS: dict[str, KVFormat] = {
         _same("fp32", FloatCodec(torch.float32), "exact; for comparisons"),
         _same("bf16", FloatCodec(torch.bfloat16), "16 bit, wide range"),
         _same("fp16", FloatCodec(torch.float16), "16 bit, fine steps"),
-        KVFormat("int8", _INT8_KEYS, AffineCodec(8), "8 bit, keys centred; as good as 16 bit"),
+        KVFormat("int8", _INT8_KEYS, AffineCodec(8), "8 bit, keys centred; very close to 16 bit"),
         _same("int4", _INT4, "4 bit, keys centred, first 4 tokens in 16 bit; small loss", SINKS),
         KVFormat("k8v4", _INT8_KEYS, _K8V4_VALUES, "keys as int8, values in 4 bit, first 4 tokens in 16 bit", SINKS),
         _same("int8_plain", AffineCodec(8), "8 bit, asymmetric, nothing measured; as in LMDeploy"),
@@ -209,10 +209,12 @@ class KVLayer:
         Raises:
             NotFiniteError: a key or a value is not finite.
         """
-        if not (k.isfinite().all() and v.isfinite().all()):
+        finite = (k.isfinite() & v.isfinite()).all(-1).all(0)
+        if not finite.all():
             raise NotFiniteError(
                 "the model's keys or values are not finite: it overflows in this dtype, or its weights are damaged; "
-                "try dtype='float32' or 'bfloat16'"
+                "try dtype='float32' or 'bfloat16'",
+                (~finite).nonzero().flatten().tolist(),
             )
         plan = self.plan
         sink = positions < plan.format.sinks

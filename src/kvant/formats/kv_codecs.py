@@ -142,10 +142,10 @@ class GroupedCodec(VectorCodec):
         step = torch.maximum(span, (high / 2 + low / 2).abs() / 3.875).clamp(max=_WIDEST)
         bits = -(-step.half().view(torch.int16).int() // 32)
         scale = _scale_of(bits)
-        step = torch.where(scale > 0, scale, 1.0)
-        eighths = ((-low / step - 7.5) * 8).round().clamp(-32, 31)
-        aims = x / step.unsqueeze(-1) + (7.5 + eighths / 8).unsqueeze(-1)
-        codes = _round(aims.flatten(-2), 15, stats.feedback).to(torch.uint8)
+        eighths = ((-low / torch.where(scale > 0, scale, 1.0) - 7.5) * 8).round().clamp(-32, 31)
+        size = x.shape[-1]
+        scales, shifts = (t.repeat_interleave(size, dim=-1) for t in (scale, 7.5 + eighths / 8))
+        codes = _round(x.flatten(-2), scales, shifts, stats.feedback).to(torch.uint8)
         return {"codes": _paired(codes), "words": (bits * 64 + eighths.int() + 32).to(torch.int16)}
 
     def decode(self, planes: Planes, positions: Tensor, stats: LayerStats) -> Tensor:
@@ -156,6 +156,7 @@ class GroupedCodec(VectorCodec):
         return x.flatten(-2)
 
 
+_HUGE = 1e30  # float32 that a rotation can still add up
 _WIDEST = 63488.0  # the largest float16 whose last 5 bits of mantissa are 0
 
 
@@ -173,16 +174,18 @@ def _unpaired(codes: Tensor) -> Tensor:
     return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
 
 
-def _round(x: Tensor, levels: int, feedback: Tensor | None) -> Tensor:
-    """x [kv_heads, tokens, head_dim], in steps, to whole numbers from 0 to `levels`."""
+def _round(x: Tensor, scale: Tensor, shift: Tensor, feedback: Tensor | None) -> Tensor:
+    """4-bit codes of x: x / scale + shift, rounded; all [kv_heads, tokens, head_dim]. A scale of 0 counts as 1."""
+    step = torch.where(scale > 0, scale, 1.0)
     if feedback is None:
-        return x.round().clamp(0, levels)
-    codes = x.permute(2, 0, 1).contiguous()  # element first: what is still to be rounded lies together
-    weights = feedback.permute(1, 2, 0).unsqueeze(-1)
-    for i, aim in enumerate(codes):
-        code = aim.round().clamp(0, levels)
-        codes[i + 1 :] -= (aim - code) * weights[i, i + 1 :]
-        aim.copy_(code)
+        return (x / step + shift).round().clamp(0, 15)
+    # Element first: what is still to be rounded lies together.
+    left, step, scale, shift = (t.permute(2, 0, 1).contiguous() for t in (x.clone(), step, scale, shift))
+    weights, codes = feedback.permute(1, 2, 0).unsqueeze(-1), torch.empty_like(left)
+    for i in range(len(left)):
+        aim = left[i] / step[i] + shift[i]
+        codes[i] = aim.round().clamp(0, 15)
+        left[i + 1 :] -= (aim - codes[i]) * scale[i] * weights[i, i + 1 :]
     return codes.permute(1, 2, 0)
 
 
@@ -239,8 +242,8 @@ def _scale(stats: LayerStats) -> Tensor:
     """[kv_heads, 1, 1]."""
     if stats.scale is None:
         raise ConfigError(
-            "a static KV-cache format needs scales; measure them with `kvant calibrate --kv`, or name a file of them "
-            "with quantization_param_path"
+            "a static KV-cache format needs scales; measure them with `kvant calibrate MODEL --kv -o DIR`, and name "
+            "DIR, or a file of scales, with quantization_param_path"
         )
     return stats.scale.view(-1, 1, 1)
 
@@ -263,7 +266,7 @@ class ShapedCodec(VectorCodec):
 
     def shaped(self, x: Tensor, positions: Tensor, stats: LayerStats) -> Tensor:
         """The vectors as `inner` gets them, float32; arguments as those of `encode`."""
-        x = x.float()
+        x = x.float().clamp(-_HUGE, _HUGE)
         if stats.centre is not None:
             x = x - stats.centre.at(positions)
         return hadamard(x if stats.balance is None else x * stats.balance.unsqueeze(1))

@@ -18,8 +18,8 @@ from kvant.formats.kv_codecs import StaticCodec
 from kvant.kernels.select import select_ops
 from kvant.models.families import model_spec
 from kvant.quantize.kv_constants import static_scale
+from kvant.quantize.kv_known import WINDOW_SIZE, WINDOWS, calibration_text
 from kvant.quantize.kv_measure import Progress, measure_kv
-from kvant.quantize.kv_plan import WINDOW_SIZE, WINDOWS, calibration_text
 from kvant.quantize.kv_statistics import STATISTICS_FILE, KVStatistics, LayerStatistics
 from kvant.quantize.scales.files import Layout, write_scales
 from kvant.quantize.scales.kv_scales import Codes, KVScales

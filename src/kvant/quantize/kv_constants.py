@@ -31,31 +31,40 @@ _CONTEXTS = (1024, 4096, 16384)
 # Between (1/4, 1/4), best when rounding to the nearest, and (0, 1/2), best with perfect feedback.
 _QUERY_POWER, _KEY_POWER = 0.12, 0.38
 _DAMPING = 0.02  # of M's mean diagonal, added to it: queries of other texts differ
+RULES = (CENTRE_ORDER, _QUERY_POWER, _KEY_POWER)  # what the range of shaped keys depends on
 
 
-def layer_plan(fmt: KVFormat, layer: LayerStatistics, rope: RopeSpec | None) -> LayerPlan:
-    """A layer's format with the constants that its codecs want."""
-    return LayerPlan(fmt, _key_stats(fmt.key, layer, rope), _value_stats(fmt.value, layer))
+def layer_plan(fmt: KVFormat, layer: LayerStatistics, rope: RopeSpec | None, longest: int = 0) -> LayerPlan:
+    """A layer's format with the constants that its codecs want, in a model made for contexts of `longest` tokens."""
+    return LayerPlan(fmt, _key_stats(fmt.key, layer, rope, longest), _value_stats(fmt.value, layer))
 
 
-def key_shape(mean: Tensor, variance: Tensor, query_moment: Tensor, rope: RopeSpec | None) -> LayerStats:
-    """Centre and balance of keys; arguments as in `LayerStatistics`."""
-    centre = key_centre(mean, rope)
-    stretch = _stretch(rope, mean.shape[-1])
-    return LayerStats(centre, _balance(mean * stretch, variance * stretch.square(), query_moment, centre))
+def key_shape(
+    mean: Tensor, variance: Tensor, query_moment: Tensor, rope: RopeSpec | None, longest: int = 0
+) -> LayerStats:
+    """Centre and balance of keys; arguments as in `LayerStatistics` and `key_centre`."""
+    centre = key_centre(mean, rope, longest)
+    power = _stretch(rope, mean.shape[-1]).square()
+    queries = query_moment.diagonal(dim1=-2, dim2=-1) * power
+    return LayerStats(centre, _balance(mean.square() * power, variance * power, queries, centre))
 
 
-def key_centre(mean: Tensor, rope: RopeSpec | None) -> Centre:
+def key_centre(mean: Tensor, rope: RopeSpec | None, longest: int = 0) -> Centre:
     """The centre of keys whose mean before RoPE is [kv_heads, head_dim].
 
-    Where frequencies depend on a prompt's length, those within the original length are taken: the centre of longer
-    prompts is less well met, and still no more than a constant of the position that is added back.
+    Pairs whose frequency is another one in prompts of `longest` tokens have no centre: where such a pair's mean stands
+    depends on the prompt, not on the position alone, and a wrong centre is worse than none. By default no prompt is
+    longer than the original length.
     """
-    return Centre.of_mean(mean * _stretch(rope, mean.shape[-1]), frequencies(rope), CENTRE_ORDER)
+    known = mean * _stretch(rope, mean.shape[-1])
+    if rope is not None:
+        steady = torch.isclose(inverse_frequencies(rope, longest), frequencies(rope), rtol=1e-6, atol=0.0)
+        known[..., : rope.dim] *= steady.repeat(2)
+    return Centre.of_mean(known, frequencies(rope), CENTRE_ORDER)
 
 
 def frequencies(rope: RopeSpec | None) -> Tensor:
-    """Radians per position of each pair, [R / 2]; empty without RoPE."""
+    """Radians per position of each pair in prompts within the original length, [R / 2]; empty without RoPE."""
     return torch.empty(0) if rope is None else inverse_frequencies(rope, rope.original_length)
 
 
@@ -67,14 +76,15 @@ def _stretch(rope: RopeSpec | None, head_dim: int) -> Tensor:
     return stretch
 
 
-def _key_stats(codec: VectorCodec, layer: LayerStatistics, rope: RopeSpec | None) -> LayerStats:
+def _key_stats(codec: VectorCodec, layer: LayerStatistics, rope: RopeSpec | None, longest: int) -> LayerStats:
     if not isinstance(codec, ShapedCodec):
         return NO_STATS
-    shape = key_shape(layer.key_mean, layer.key_variance, layer.query_moment, rope)
+    shape = key_shape(layer.key_mean, layer.key_variance, layer.query_moment, rope, longest)
     if isinstance(codec.inner, StaticCodec):
         return replace(shape, scale=static_scale(codec.inner, layer.shaped_key_range))
     if isinstance(codec.inner, GroupedCodec):  # 8-bit codes lose too little to make up for
-        return replace(shape, feedback=_feedback(layer.query_moment, shape))
+        stretch = _stretch(rope, layer.key_mean.shape[-1])
+        return replace(shape, feedback=_feedback(layer.query_moment * stretch * stretch.unsqueeze(1), shape))
     return shape
 
 
@@ -90,17 +100,17 @@ def static_scale(codec: StaticCodec, largest: Tensor) -> Tensor:
     return reach.clamp(min=1e-6) / codec.largest
 
 
-def _balance(mean: Tensor, variance: Tensor, query_moment: Tensor, centre: Centre) -> Tensor:
+def _balance(mean_power: Tensor, variance: Tensor, query_power: Tensor, centre: Centre) -> Tensor:
     """What to multiply keys with, [kv_heads, head_dim], the same within a pair; its geometric mean is 1.
 
-    Mean and variance are those of stretched keys.
+    The square of the keys' mean, their variance and E[q^2] are as RoPE stretches them; the centre is that of the keys.
     """
     half = centre.frequencies.shape[0]
     # What the centre does not follow of the mean stays in the keys; the polynomials are orthonormal.
     followed = centre.coefficients.square().sum(1) / CENTRE_TILE
-    left = (_by_pair(mean.square(), half) - _by_pair(followed, half)).clamp(min=0)
+    left = (_by_pair(mean_power, half) - _by_pair(followed, half)).clamp(min=0)
     keys = _by_pair(variance, half) + left
-    queries = _by_pair(query_moment.diagonal(dim1=-2, dim2=-1), half)
+    queries = _by_pair(query_power, half)
     raw = queries.clamp(min=1e-12) ** _QUERY_POWER / keys.clamp(min=1e-12) ** _KEY_POWER
     return raw / raw.log().mean(-1, keepdim=True).exp()
 

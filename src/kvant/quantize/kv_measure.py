@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kvant.errors import NotFiniteError
+from kvant.cache.memory import available_memory
+from kvant.errors import MemoryFitError, NotFiniteError
 from kvant.formats.kv import KV_FORMATS, SINKS, KVLayer, KVPlan
 from kvant.formats.kv_codecs import FloatCodec, ShapedCodec
 from kvant.kernels.ops import AttentionBatch, Ops
 from kvant.models.decoder import Decoder
 from kvant.models.forcing import force, new_store
-from kvant.models.spec import RopeSpec
+from kvant.models.spec import ModelSpec, RopeSpec
 from kvant.quantize.kv_constants import key_shape
 from kvant.quantize.kv_statistics import KVStatistics, LayerStatistics
 
@@ -31,61 +32,87 @@ def measure_kv(decoder: Decoder, windows: Sequence[Sequence[int]], progress: Pro
 
     Raises:
         NotFiniteError: the model's queries, keys or values are not finite.
+        MemoryFitError: the texts are too long to be held.
     """
     spec = decoder.spec
+    _check_memory(spec, sum(map(len, windows)))
     plan = KVPlan.uniform(KV_FORMATS["fp32"], len(spec.layers))
-    sums = [_Sums(spec.num_kv_heads, spec.head_dim) for _ in spec.layers]
-    held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in spec.layers]
+    layers = [_Layer(spec.num_kv_heads, spec.head_dim) for _ in spec.layers]
     for done, ids in enumerate(windows, start=1):
         store = new_store(decoder, plan, len(ids))
-        watched = _Watched(decoder.ops, dict(zip(map(id, store.layers), sums, strict=True)))
+        watched = _Watched(decoder.ops, dict(zip(map(id, store.layers), layers, strict=True)))
         force(decoder.with_ops(cast(Ops, watched)), store, ids, len(ids))
-        for layer, kept in zip(store.layers, held, strict=True):
+        for kept, layer in zip(store.layers, layers, strict=True):
             blocks = torch.arange(store.num_blocks)
-            kept.append((layer.read("key", blocks)[:, : len(ids)], layer.read("value", blocks)[:, : len(ids)]))
+            layer.end_text(kept.read("key", blocks)[:, : len(ids)], kept.read("value", blocks)[:, : len(ids)])
         if progress is not None:
             progress(done, len(windows))
-    layers = [_layer(of_layer, kept, layer.rope) for of_layer, kept, layer in zip(sums, held, spec.layers, strict=True)]
-    return KVStatistics(tuple(layers), sum(map(len, windows)))
+    found = [layer.statistics(of.rope, spec.max_position) for layer, of in zip(layers, spec.layers, strict=True)]
+    return KVStatistics(tuple(found), sum(map(len, windows)))
 
 
-class _Sums:
-    """Running sums over one layer's tokens."""
+def _check_memory(spec: ModelSpec, tokens: int) -> None:
+    """The keys of all texts are held in 16 bit."""
+    needed = 2 * tokens * len(spec.layers) * spec.num_kv_heads * spec.head_dim
+    if needed > available_memory():
+        raise MemoryFitError(
+            f"measuring on {tokens:,} tokens takes {needed / 2**30:.1f} GiB, {available_memory() / 2**30:.1f} GiB are "
+            "free; take fewer or shorter samples"
+        )
+
+
+class _Layer:
+    """What is seen of one layer: running sums before RoPE, the largest values, and the keys after RoPE."""
 
     def __init__(self, kv_heads: int, head_dim: int) -> None:
-        self.tokens = 0
-        self.keys = torch.zeros(kv_heads, head_dim, dtype=torch.float64)
-        self.squares = torch.zeros_like(self.keys)
-        self.queries = torch.zeros(kv_heads, head_dim, head_dim, dtype=torch.float64)
+        self._tokens = 0
+        self._sum = torch.zeros(kv_heads, head_dim, dtype=torch.float64)
+        self._squares = torch.zeros_like(self._sum)
+        self._queries = torch.zeros(kv_heads, head_dim, head_dim, dtype=torch.float64)
+        self._key_range = self._value_range = torch.zeros(kv_heads)
+        self._keys: list[Tensor] = []
 
     def add(self, q: Tensor, k: Tensor) -> None:
         """q [tokens, heads, head_dim], k [tokens, kv_heads, head_dim], both before RoPE."""
         keys = k.double()
-        self.tokens += len(k)
-        self.keys += keys.sum(0)
-        self.squares += keys.square().sum(0)
+        self._tokens += len(k)
+        self._sum += keys.sum(0)
+        self._squares += keys.square().sum(0)
         rows = q.float().unflatten(1, (k.shape[1], -1)).permute(1, 0, 2, 3).flatten(1, 2)
-        self.queries += (rows.mT @ rows).double() / (q.shape[1] // k.shape[1])
+        self._queries += (rows.mT @ rows).double() / (q.shape[1] // k.shape[1])
 
-    @property
-    def key_mean(self) -> Tensor:
-        return (self.keys / self.tokens).float()
+    def end_text(self, keys: Tensor, values: Tensor) -> None:
+        """A text's keys after RoPE and its values, [kv_heads, tokens, head_dim]."""
+        self._key_range = torch.maximum(self._key_range, _largest(keys))
+        self._value_range = torch.maximum(self._value_range, _largest(values))
+        self._keys.append(keys.bfloat16())  # their range after shaping need not be known better
 
-    @property
-    def key_variance(self) -> Tensor:
-        return (self.squares / self.tokens - (self.keys / self.tokens).square()).clamp(min=0).float()
+    def statistics(self, rope: RopeSpec | None, longest: int) -> LayerStatistics:
+        mean = self._sum / self._tokens
+        variance = (self._squares / self._tokens - mean.square()).clamp(min=0)
+        moments = (mean.float(), variance.float(), (self._queries / self._tokens).float())
+        codec, shape = ShapedCodec(FloatCodec(torch.float32)), key_shape(*moments, rope, longest)
+        ranges = [_largest(codec.shaped(keys, torch.arange(keys.shape[1]), shape)) for keys in self._keys]
+        found = LayerStatistics(*moments, self._key_range, self._value_range, torch.stack(ranges).amax(0))
+        if not all(x.isfinite().all() for x in vars(found).values()):
+            raise NotFiniteError(
+                "the model's queries, keys or values are not finite on the calibration text; run it in another dtype, "
+                "such as float32"
+            )
+        return found
 
-    @property
-    def query_moment(self) -> Tensor:
-        return (self.queries / self.tokens).float()
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of each KV head, [kv_heads]."""
+    return x.abs().amax((1, 2))
 
 
 class _Watched:
-    """A backend's ops that add what `rope_write_kv` is given to the sums of the layer, known by its cache."""
+    """A backend's ops that add what `rope_write_kv` is given to what is seen of the layer, known by its cache."""
 
-    def __init__(self, ops: Ops, sums: dict[int, _Sums]) -> None:
+    def __init__(self, ops: Ops, layers: dict[int, _Layer]) -> None:
         self._ops = ops
-        self._sums = sums
+        self._layers = layers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
@@ -100,26 +127,5 @@ class _Watched:
         batch: AttentionBatch,
     ) -> Tensor:
         counted = batch.positions >= SINKS
-        self._sums[id(cache)].add(q[counted], k[counted])
+        self._layers[id(cache)].add(q[counted], k[counted])
         return self._ops.rope_write_kv(q, k, v, rotary, cache, batch)
-
-
-def _layer(sums: _Sums, held: Sequence[tuple[Tensor, Tensor]], rope: RopeSpec | None) -> LayerStatistics:
-    def largest(vectors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([x.abs().amax((1, 2)) for x in vectors]).amax(0)
-
-    moments = (sums.key_mean, sums.key_variance, sums.query_moment)
-    codec, shape = ShapedCodec(FloatCodec(torch.float32)), key_shape(*moments, rope)
-    keys, values = [k for k, _ in held], [v for _, v in held]
-    layer = LayerStatistics(
-        *moments,
-        key_range=largest(keys),
-        value_range=largest(values),
-        shaped_key_range=largest([codec.shaped(k, torch.arange(k.shape[1]), shape) for k in keys]),
-    )
-    if not all(torch.isfinite(x).all() for x in vars(layer).values()):
-        raise NotFiniteError(
-            "the model's queries, keys or values are not finite on the calibration text; run it in another dtype, such "
-            "as float32"
-        )
-    return layer

@@ -1,36 +1,35 @@
 """How an engine keeps its KV: each layer's format, and the constants that the formats work with.
 
 Where they come from, in this order: `quantization_param_path`, the cache of what was measured before, or a text that
-kvant brings and the model now reads, which takes seconds.
+kvant brings and the model now reads.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 from kvant.config import EngineConfig
-from kvant.errors import ConfigError, CorruptModelError
+from kvant.errors import ConfigError
 from kvant.formats.kv import KVPlan, LayerPlan
 from kvant.formats.kv_codecs import ShapedCodec, StaticCodec, VectorCodec
 from kvant.formats.kv_stats import NO_STATS, LayerStats
+from kvant.models.spec import ModelSpec
 from kvant.quantize.kv_constants import layer_plan, static_scale
-from kvant.quantize.kv_measure import measure_kv
+from kvant.quantize.kv_known import known_statistics
 from kvant.quantize.kv_policy import resolve_layer_formats
-from kvant.quantize.kv_statistics import STATISTICS_FILE, VERSION, KVStatistics
+from kvant.quantize.kv_statistics import STATISTICS_FILE, KVStatistics, statistics_file
 from kvant.quantize.scales.files import read_scales
 from kvant.quantize.scales.kv_scales import Codes, KVScales
-from kvant.quantize.texts import cut_windows
 from kvant.text.tokenizer import Tokenizer
 from kvant.weights.load import LoadedModel
-from kvant.weights.pull import cache_dir
 
-WINDOWS, WINDOW_SIZE = 4, 512
 _LARGEST: Mapping[Codes, float] = MappingProxyType({"int8": 127.0, "fp8": 448.0})
 
 logger = logging.getLogger("kvant")
@@ -43,54 +42,42 @@ def plan_kv_cache(config: EngineConfig, model: LoadedModel, tokenizer: Tokenizer
         ConfigError: a setting is wrong, contradicts another, or has no effect.
         CorruptModelError: the files that it names are not whole, or not this model's.
     """
-    plan = resolve_layer_formats(config, model.spec, model.dtype)
-    given = None if config.quantization_param_path is None else Path(config.quantization_param_path)
-    if given is not None and not any(layer.format.measured for layer in plan.layers):
-        raise ConfigError(f"quantization_param_path={str(given)!r} is of no use to {plan.name}; leave it out")
+    plan, shape = check_kv_settings(config, model.spec, model.dtype), model.spec.kv_shape
+    given = _given(config)
     file = None if given is None else statistics_file(given)
     if given is not None and file is None:
-        plan = _with_scales(plan, _read_scales(given, plan, model), model.spec.num_kv_heads)
+        plan = _with_scales(plan, read_scales(given, shape.num_layers, shape.num_kv_heads), shape.num_kv_heads)
     if not any(_lacks_constants(layer) for layer in plan.layers):
         return plan
-    statistics = KVStatistics.load(file, model.spec.kv_shape) if file else known_statistics(model, tokenizer)
+    statistics = KVStatistics.load(file, shape) if file else known_statistics(model, tokenizer)
     return _with_statistics(plan, statistics, model)
 
 
-def statistics_file(path: Path) -> Path | None:
-    """The KV statistics that a path names, itself or as a directory that has them; None where it has none."""
-    file = path / STATISTICS_FILE if path.is_dir() else path
-    return file if file.name == STATISTICS_FILE and file.is_file() else None
+def check_kv_settings(config: EngineConfig, spec: ModelSpec, compute_dtype: torch.dtype) -> KVPlan:
+    """Every layer's format; all that can be wrong with the settings is told, without the weights.
+
+    Raises:
+        ConfigError: as `plan_kv_cache` does.
+    """
+    plan, given = resolve_layer_formats(config, spec, compute_dtype), _given(config)
+    if given is None:
+        return plan
+    if not any(layer.format.measured for layer in plan.layers):
+        raise ConfigError(f"quantization_param_path={str(given)!r} is of no use to {plan.name}; leave it out")
+    if not os.path.exists(given):  # noqa: PTH110 - Path.exists raises where a directory may not be searched
+        raise ConfigError(f"quantization_param_path={str(given)!r} does not exist; check it, or leave it out")
+    if statistics_file(given) is None and not any(_static(layer.format.key) for layer in plan.layers):
+        raise ConfigError(
+            f"quantization_param_path={str(given)!r} is or has no {STATISTICS_FILE}, and {plan.name} does not use "
+            "static scales; run `kvant calibrate MODEL --kv -o DIR`, choose int8_pertensor, int8_pertensor_perhead or "
+            "fp8_e4m3, or leave it out"
+        )
+    return plan
 
 
-def calibration_text() -> str:
-    """The bundled text that models are measured on: State of the Union addresses, in the public domain."""
-    return resources.files("kvant.quantize").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
-
-
-def known_statistics(model: LoadedModel, tokenizer: Tokenizer) -> KVStatistics:
-    """A model's statistics on the bundled text: from the cache directory, where they are kept once measured."""
-    text = calibration_text()
-    path = cache_dir() / "kv" / f"{_fingerprint(model, text)}.safetensors"
-    if path.exists():
-        try:
-            return KVStatistics.load(path, model.spec.kv_shape)
-        except CorruptModelError as error:
-            logger.warning("%s; kvant does so now", error)
-    logger.warning("measuring the keys of %s for its KV cache; this is done once", model.source.path)
-    windows = cut_windows(text, tokenizer, WINDOWS, min(WINDOW_SIZE, model.spec.max_position))
-    statistics = measure_kv(model.decoder, windows)
-    try:
-        statistics.save(path)
-    except ConfigError as error:
-        logger.warning("the KV statistics cannot be kept, and will be measured again next time: %s", error)
-    return statistics
-
-
-def _fingerprint(model: LoadedModel, text: str) -> str:
-    """Other weights, another text or another way of measuring have another one."""
-    files = sorted(model.source.files())
-    stamps = [(str(file.resolve()), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((VERSION, WINDOWS, WINDOW_SIZE, stamps, text)).encode()).hexdigest()[:32]
+def _given(config: EngineConfig) -> Path | None:
+    path = config.quantization_param_path
+    return None if path is None else Path(path).expanduser()
 
 
 def _lacks_constants(layer: LayerPlan) -> bool:
@@ -99,24 +86,12 @@ def _lacks_constants(layer: LayerPlan) -> bool:
 
 def _with_statistics(plan: KVPlan, statistics: KVStatistics, model: LoadedModel) -> KVPlan:
     """Each measured layer's constants, but for those that have scales of their own."""
+    longest = model.spec.max_position
     layers = [
-        layer_plan(layer.format, of_layer, spec.rope) if _lacks_constants(layer) else layer
+        layer_plan(layer.format, of_layer, spec.rope, longest) if _lacks_constants(layer) else layer
         for layer, of_layer, spec in zip(plan.layers, statistics.layers, model.spec.layers, strict=True)
     ]
     return replace(plan, layers=tuple(layers))
-
-
-def _read_scales(path: Path, plan: KVPlan, model: LoadedModel) -> KVScales:
-    if not path.exists():
-        raise ConfigError(f"quantization_param_path={str(path)!r} does not exist; check it, or leave it out")
-    if not any(_static(layer.format.key) for layer in plan.layers):
-        raise ConfigError(
-            f"quantization_param_path={str(path)!r} is or has no {STATISTICS_FILE}, and {plan.name} does not use "
-            "static scales; run `kvant calibrate MODEL --kv`, choose int8_pertensor, int8_pertensor_perhead or "
-            "fp8_e4m3, or leave it out"
-        )
-    shape = model.spec.kv_shape
-    return read_scales(path, shape.num_layers, shape.num_kv_heads)
 
 
 def _with_scales(plan: KVPlan, scales: KVScales, kv_heads: int) -> KVPlan:
@@ -135,7 +110,11 @@ def _with_scales(plan: KVPlan, scales: KVScales, kv_heads: int) -> KVPlan:
 
 def _reach(scales: KVScales, codec: StaticCodec) -> float:
     """How many steps of the file the largest magnitude is; a file that does not tell is taken to mean the codec's."""
-    return _LARGEST[scales.codes] if scales.codes else codec.largest
+    if scales.codes:
+        return _LARGEST[scales.codes]
+    if codec.dtype == torch.int8:
+        logger.warning("the file does not tell whether its scales are for int8 or fp8 codes; they are taken for int8")
+    return codec.largest
 
 
 def _static(codec: VectorCodec) -> StaticCodec | None:

@@ -18,7 +18,7 @@ from kvant.quantize.scales.writing import write_whole
 
 STATISTICS_FILE = "kv_statistics.safetensors"
 VERSION = "1"
-_REMEDY = "measure this model with `kvant calibrate MODEL --kv`"
+_REMEDY = "measure this model with `kvant calibrate MODEL --kv -o DIR`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,3 +98,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int]:
     if metadata.get("kvant_kv_statistics") != VERSION or not metadata.get("tokens", "").isdecimal():
         raise CorruptModelError(f"{path} holds no KV statistics that this version of kvant reads; {_REMEDY}")
     return stacked, int(metadata["tokens"])
+
+
+def statistics_file(path: Path) -> Path | None:
+    """The KV statistics that a path names, itself or as a directory that has them; None where it has none."""
+    file = path / STATISTICS_FILE if path.is_dir() else path
+    return file if file.name == STATISTICS_FILE and file.is_file() else None

@@ -13,6 +13,11 @@ from kvant.errors import ConfigError
 Codes = Literal["int8", "fp8"]
 
 
+def known_codes(name: object) -> Codes | None:
+    """The codes that a file names; None where it names none of ours."""
+    return "int8" if name == "int8" else "fp8" if name == "fp8" else None
+
+
 @dataclass(frozen=True, eq=False)
 class KVScales:
     """The step of every layer's keys and values: an element is `code * step`.

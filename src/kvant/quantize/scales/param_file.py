@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvant.errors import CorruptModelError
-from kvant.quantize.scales.kv_scales import KVScales, flaw_of
+from kvant.quantize.scales.kv_scales import KVScales, flaw_of, known_codes
 from kvant.quantize.scales.ranks import join, split
 from kvant.quantize.scales.writing import write_whole
 from kvant.weights.sources.safetensors import read_json
@@ -27,7 +27,7 @@ PARAM_FILE = "kv_cache_scales.json"
 
 
 def read_param_file(path: Path, num_layers: int, num_kv_heads: int) -> KVScales:
-    """The scales of a file in this layout; its "dtype" says nothing about the codes, and is not read.
+    """The scales of a file in this layout. Its "dtype" says nothing about the codes; kvant's files have "codes".
 
     Raises:
         CorruptModelError: the file has another layout, or not exactly one usable entry for each rank and layer.
@@ -46,7 +46,7 @@ def read_param_file(path: Path, num_layers: int, num_kv_heads: int) -> KVScales:
         )
         for layer in range(num_layers)
     )
-    return KVScales(steps, steps)
+    return KVScales(steps, steps, known_codes(read_json(path).get("codes")))
 
 
 def write_param_file(path: Path, scales: KVScales, *, model_type: str | None = None, tp_size: int = 1) -> None:
@@ -66,7 +66,12 @@ def write_param_file(path: Path, scales: KVScales, *, model_type: str | None = N
         str(rank): {str(layer): part[rank].tolist() for layer, part in enumerate(parts)} for rank in range(tp_size)
     }
     # vLLM and SGLang refuse any other dtype; engines with int8 codes do not read it.
-    document = {"model_type": model_type, "kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": factors}}
+    document: dict[str, Any] = {
+        "model_type": model_type,
+        "kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": factors},
+    }
+    if scales.codes is not None:
+        document["codes"] = scales.codes
     write_whole(path, (json.dumps(document, indent=4) + "\n").encode())
 
 

@@ -36,7 +36,7 @@ def _codes(scheme: Any, directory: Path) -> Codes:
     if isinstance(scheme, Mapping):
         symmetric = scheme.get("symmetric", True) and not scheme.get("dynamic", False)
         per_head = scheme.get("strategy") in (None, "tensor", "attn_head")
-        codes = _NUMBER_TYPES.get(scheme.get("type", ""))
+        codes = _NUMBER_TYPES.get(str(scheme.get("type", "")))
         codes = codes if scheme.get("num_bits", 8) == 8 and symmetric and per_head else None
     else:
         codes = _ALGORITHMS.get(str(scheme).upper())

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvant.errors import ConfigError, CorruptModelError, UnsupportedModelError
-from kvant.quantize.scales.kv_scales import Codes, KVScales, flaw_of
+from kvant.quantize.scales.kv_scales import Codes, KVScales, flaw_of, known_codes
 from kvant.quantize.scales.ranks import join
 from kvant.quantize.scales.scheme import (
     MODELOPT_FILE,
@@ -76,7 +76,8 @@ def read_tensors(files: Sequence[Path], num_layers: int, num_kv_heads: int) -> K
         parts = [[_step(rank.get(layer, {}), side, at) for rank in ranks] for layer, at in enumerate(places)]
         return tuple(join(part, num_kv_heads, at) for part, at in zip(parts, places, strict=True))
 
-    return KVScales(steps(0), steps(1), declared_codes(files[0].parent))
+    written = known_codes((open_safetensors(files[0]).metadata() or {}).get("codes"))
+    return KVScales(steps(0), steps(1), written or declared_codes(files[0].parent))
 
 
 def write_tensors(directory: Path, scales: KVScales, layout: TensorLayout) -> None:
@@ -93,7 +94,8 @@ def write_tensors(directory: Path, scales: KVScales, layout: TensorLayout) -> No
     per_head = any(tensor.numel() > 1 for tensor in tensors.values())
     for name, note in _notes(layout, scales.codes, per_head=per_head).items():
         write_whole(directory / name, (json.dumps(note, indent=2) + "\n").encode())
-    write_whole(directory / SCALES_FILE, save(tensors, metadata={"format": "pt"}))
+    codes = {} if scales.codes is None else {"codes": scales.codes}
+    write_whole(directory / SCALES_FILE, save(tensors, metadata={"format": "pt", **codes}))
 
 
 def _notes(layout: TensorLayout, codes: Codes | None, *, per_head: bool) -> dict[str, dict[str, Any]]:
@@ -121,7 +123,7 @@ def scale_tensors(scales: KVScales, layout: TensorLayout) -> dict[str, Tensor]:
     if layout != "compressed-tensors" and size > 1:
         raise ConfigError(
             f"the layout {layout!r} holds one scale a layer, these are one for each KV head; write "
-            "'compressed-tensors', or reduce them with KVScales.per_layer()"
+            "'compressed-tensors', or give one scale a layer (--per-tensor, KVScales.per_layer())"
         )
     tensors: dict[str, Tensor] = {}
     for layer, (key, value) in enumerate(zip(keys, values, strict=True)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from uuid import uuid4
 
 from kvant.errors import ConfigError
 
@@ -14,7 +14,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         ConfigError: it cannot be written; nothing has changed then.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
