@@ -41,7 +41,8 @@ def test_memory_is_bytes_or_a_fraction(written, meant):
     parsed = parse_memory(written)
     assert parsed == meant
     assert type(parsed) is type(meant)
-    assert EngineConfig(kv_cache_memory=written).kv_cache_memory == meant
+    config = EngineConfig(kv_cache_memory=written, swap_space=written)
+    assert config.kv_cache_memory == config.swap_space == meant
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,9 @@ def test_memory_is_bytes_or_a_fraction(written, meant):
     ],
 )
 def test_what_is_no_amount_of_memory_is_refused(written):
-    with pytest.raises(ConfigError, match="kv_cache_memory"):
-        EngineConfig(kv_cache_memory=written)
+    for name in ("kv_cache_memory", "swap_space"):
+        with pytest.raises(ConfigError, match=f"^{name}="):
+            EngineConfig(**{name: written})
 
 
 @given(amount=st.integers(1, 10**6), unit=st.sampled_from(("", "K", "M", "G")), binary=st.booleans())
@@ -67,7 +69,7 @@ def test_an_engine_is_configured_by_nothing():
     config = EngineConfig()
     assert (config.dtype, config.kv_cache_dtype, config.device) == ("auto", "auto", "auto")
     assert config.enable_prefix_caching
-    assert config.kv_cache_memory is config.num_kv_blocks is config.max_model_len is None
+    assert config.kv_cache_memory is config.num_kv_blocks is config.swap_space is config.max_model_len is None
     assert config.kv_cache_policy is config.quantization_param_path is None
     assert config.kv_cache_dtype_skip_layers == ()
 

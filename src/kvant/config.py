@@ -36,31 +36,35 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def parse_memory(value: int | float | str) -> int | float:
-    """Bytes (int) or a fraction of free memory (float), from either or from text: "2GiB", "50%", "0.5", "1000000"."""
+def parse_memory(value: int | float | str, name: str = "memory") -> int | float:
+    """Bytes (int) or a fraction of free memory (float), from either or from text: "2GiB", "50%", "0.5", "1000000".
+
+    Raises:
+        ConfigError: it is neither; the error calls it `name`.
+    """
     if isinstance(value, str):
-        return _parse_memory_text(value)
+        return _parse_memory_text(value, name)
     if isinstance(value, float):
-        _require(0 < value <= 1, f"kv_cache_memory={value}: a float is a fraction of free memory, 0 < fraction <= 1")
+        _require(0 < value <= 1, f"{name}={value}: a float is a fraction of free memory, 0 < fraction <= 1")
         return value
-    _require(value > 0, f"kv_cache_memory={value}: bytes must be positive")
+    _require(value > 0, f"{name}={value}: bytes must be positive")
     return value
 
 
-def _parse_memory_text(text: str) -> int | float:
+def _parse_memory_text(text: str, name: str) -> int | float:
     match = re.fullmatch(r"\s*([0-9.]+)\s*(%|(?:[kmg]i?)?b?)\s*", text.lower())
     try:
         number = float(match[1]) if match else math.nan
     except ValueError:
         number = math.nan
     if match is None or math.isnan(number):
-        raise ConfigError(f"kv_cache_memory={text!r} is not a size: write bytes, '2GiB', '800MB', '50%' or 0.5")
+        raise ConfigError(f"{name}={text!r} is not a size: write bytes, '2GiB', '800MB', '50%' or 0.5")
     if match[2] == "%":
-        return parse_memory(number / 100)
+        return parse_memory(number / 100, name)
     unit = match[2].removesuffix("b")
     if not match[2] and "." in match[1]:
-        return parse_memory(number)
-    return parse_memory(int(number * _UNITS[unit]))
+        return parse_memory(number, name)
+    return parse_memory(int(number * _UNITS[unit]), name)
 
 
 def parse_layers(entry: object, where: str) -> tuple[int, int] | None:
@@ -130,6 +134,8 @@ class EngineConfig:
         enable_prefix_caching: share the KV of equal prefixes between requests and turns.
         kv_cache_memory: bytes, "2GiB", "50%" or a float fraction of free memory; None fits automatically.
         num_kv_blocks: the pool's size in blocks, instead of `kv_cache_memory`.
+        swap_space: host memory that keeps the KV of requests which must make room for others: bytes, "2GiB", "10%" or
+            a float fraction of free memory. Where it is full, or None, they are computed again.
         num_threads: CPU threads; None leaves the choice to the backend (all cores).
         device: "auto" or "cpu".
         seed: for requests that bring no seed of their own; None draws a fresh one for each.
@@ -148,6 +154,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     kv_cache_memory: int | float | str | None = None
     num_kv_blocks: int | None = None
+    swap_space: int | float | str | None = None
     num_threads: int | None = None
     device: str = "auto"
     seed: int | None = None
@@ -170,9 +177,11 @@ class EngineConfig:
             8 <= self.block_size <= 1024 and self.block_size & (self.block_size - 1) == 0,
             f"block_size={self.block_size} must be a power of two from 8 to 1024",
         )
-        if self.kv_cache_memory is not None:
-            _require(self.num_kv_blocks is None, "give kv_cache_memory or num_kv_blocks, not both")
-            object.__setattr__(self, "kv_cache_memory", parse_memory(self.kv_cache_memory))
+        given_twice = self.kv_cache_memory is not None and self.num_kv_blocks is not None
+        _require(not given_twice, "give kv_cache_memory or num_kv_blocks, not both")
+        for name in ("kv_cache_memory", "swap_space"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, parse_memory(getattr(self, name), name))
 
     def _from_quant_policy(self, policy: int) -> str:
         _require(policy in QUANT_POLICIES, f"quant_policy={policy} is unknown; 0 is auto, 4 is int4, 8 is int8")

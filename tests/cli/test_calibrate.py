@@ -119,7 +119,7 @@ def test_scales_as_tensors(kvant, tiny, expected, tmp_path, layout, codes):
         ranges = [float(layer.key_range.max()), float(layer.value_range.max())]
         ranges = [max(ranges)] * 2 if layout == "fused" else ranges
         assert [*key.tolist(), *value.tolist()] == pytest.approx([x / largest for x in ranges])
-    assert scales.codes == (codes if layout in ("compressed-tensors", "modelopt") else None)
+    assert scales.codes == codes
     assert f"{codes} codes" in result.stdout
 
 
@@ -196,14 +196,9 @@ def test_the_defaults(kvant, asked):
     }
 
 
-def test_layers_whose_keys_are_mostly_mean_are_named(kvant, asked):
+def test_it_tells_what_keys_have_in_common(kvant, asked):
     said = kvant("calibrate", "--kv", "-o", "out").stdout
-    assert "keys: their mean has 73.0% of their energy in the median layer, 99.9% in layer 3\n" in said
-    assert "int4_plain, which leaves it in, loses much of what tells keys apart in layers 1, 3; int4" in said
-    asked["shares"] = (0.5, 0.96)
-    assert "keys apart in layer 1; int4" in kvant("calibrate", "--kv", "-o", "out").stdout
-    asked["shares"] = (0.5, 0.9)
-    assert "keys apart in no layer; int4" in kvant("calibrate", "--kv", "-o", "out").stdout
+    assert said.endswith("keys: their mean has 73.0% of their energy in the median layer, 99.9% in layer 3\n")
 
 
 @pytest.fixture

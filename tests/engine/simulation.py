@@ -16,6 +16,7 @@ from kvant.formats.kv import SINK_SPAN
 
 STOP = 9
 Fingerprint = tuple[Hashable, tuple[int, ...]]
+Cells = list[Fingerprint | None]  # a block's, by offset
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Limits:
     budget: int
     caching: bool
     sinks: int = 0
+    swap_blocks: int = 0
 
     @property
     def paging(self) -> Paging:
@@ -55,25 +57,36 @@ def drawn(request: Request, index: int, position: int) -> int:
 
 
 class Simulation:
-    """Scheduler, pool and tree, driven like the engine drives them.
+    """Scheduler, pool, swap space and tree, driven like the engine drives them.
 
-    `memory[block][offset]` holds, instead of KV, what KV depends on: the salt and all tokens up to that place.
+    `memory[block][offset]` holds, instead of KV, what KV depends on: the salt and all tokens up to that place. So does
+    `swap_memory`. Both lose what nobody holds any more.
+
+    Attributes:
+        aborted: choices that were.
+        recomputed: tokens that a sequence had to compute again.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks)
         self.tree = PrefixTree(self.pool, limits.paging) if limits.caching else None
+        self.swap = BlockPool(limits.swap_blocks)
         self.scheduler = Scheduler(
             self.pool,
             self.tree,
+            swap=self.swap,
             paging=limits.paging,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.budget,
             max_model_len=limits.max_model_len,
         )
-        self.memory: list[list[Fingerprint | None]] = [[None] * limits.block_size for _ in range(limits.num_blocks)]
+        self.memory: dict[int, Cells] = {}
+        self.swap_memory: dict[int, Cells] = {}
         self.requests: list[Request] = []
+        self.aborted: set[Sequence] = set()
+        self.recomputed = 0
+        self._furthest: Counter[Sequence] = Counter()
 
     def submit(
         self,
@@ -97,18 +110,19 @@ class Simulation:
         """Abort a request or a choice of it, and check that it is gone."""
         chosen = [s for s in request.sequences if index in (None, s.index)]
         live = [s for s in chosen if s.finish_reason is None]
+        self.aborted.update(live)
         events = self.scheduler.abort(request, index)
         assert [(event.index, event.token_id, event.finish_reason) for event in events] == [
             (sequence.index, None, "abort") for sequence in live
         ]
         assert all(sequence.finish_reason is not None and not sequence.blocks for sequence in chosen)
+        self._forget_what_is_free()
 
     def step(self) -> Plan:
         """One step, every promise of the plan checked."""
         plan = self.scheduler.plan()
         self._check_plan(plan)
-        for source, target in plan.copies:
-            self.memory[target] = list(self.memory[source])
+        self._copy_blocks(plan)
         self._write(plan)
         for row in plan.rows:
             self._check_context(row)
@@ -123,7 +137,19 @@ class Simulation:
             assert (request, event.index) == (sequence.request, sequence.index)
             assert event.token_id == drawn(request, event.index, place)
             assert event.finish_reason == sequence.finish_reason == expected_end(self.limits, sequence)
+        self._forget_what_is_free()
         return plan
+
+    def fail(self) -> None:
+        """A step that comes to nothing: it leaves rubbish where it should have computed, and a request of it ends."""
+        plan = self.scheduler.plan()
+        self._check_plan(plan)
+        self._copy_blocks(plan)
+        for row in plan.rows:
+            for position in range(row.start, row.stop):
+                for block, offset in self._places(position, row.sequence.blocks):
+                    self.memory.setdefault(block, [None] * self.limits.block_size)[offset] = None
+        self.abort(plan.rows[0].sequence.request)
 
     def finish(self) -> None:
         """Step until nothing is left to do; the bound is generous, so beyond it nothing moves."""
@@ -145,10 +171,25 @@ class Simulation:
         references = [self.pool.references(block) for block in range(self.limits.num_blocks)]
         assert references == [held[block] for block in range(self.limits.num_blocks)]
         assert self.pool.num_free == references.count(0)
+        self._check_swapped()
         for sequence in self.sequences:
+            if sequence.swapped:
+                continue
             needed, most = self.limits.blocks(sequence.computed), self.limits.blocks(sequence.total)
             assert needed <= len(sequence.blocks) <= most
             assert sequence.finish_reason is None or not sequence.blocks
+
+    def _check_swapped(self) -> None:
+        """What is in the swap space has one holder, which waits for room, and is all that this one has computed."""
+        held = [block for sequence in self.sequences for block in sequence.swapped]
+        assert len(held) == len(set(held)) == self.limits.swap_blocks - self.swap.num_free
+        for sequence in self.sequences:
+            if sequence.swapped:
+                assert sequence.finish_reason is None
+                assert not sequence.blocks
+                assert len(sequence.swapped) == self.limits.blocks(sequence.computed)
+                tokens = sequence.tokens(0, sequence.computed)
+                self._check_memory(tokens, sequence.request.salt, sequence.swapped, self.swap_memory)
 
     def check_known_prefixes(self) -> None:
         """What the tree says it knows of any text ever seen is what the memory holds."""
@@ -156,7 +197,7 @@ class Simulation:
             tokens, salt = sequence.tokens(0, sequence.total), sequence.request.salt
             match = self.tree.match(tokens, salt)
             assert match.length <= len(tokens)
-            self._check_memory(tokens[: match.length], salt, match.blocks)
+            self._check_memory(tokens[: match.length], salt, match.blocks, self.memory)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -175,21 +216,39 @@ class Simulation:
             waiting = sequence.forks if row.stop == sequence.total else ()
             assert row.samplers == ((sequence, *waiting) if row.stop == sequence.total else ())
 
+    def _copy_blocks(self, plan: Plan) -> None:
+        for source, target in plan.swaps_out:
+            self.swap_memory[target] = list(self.memory[source])
+        for source, target in plan.copies:
+            self.memory[target] = list(self.memory[source])
+        for source, target in plan.swaps_in:
+            self.memory[target] = list(self.swap_memory[source])
+
+    def _forget_what_is_free(self) -> None:
+        """Nobody may count on it."""
+        self.memory = {block: cells for block, cells in self.memory.items() if self.pool.references(block)}
+        self.swap_memory = {block: cells for block, cells in self.swap_memory.items() if self.swap.references(block)}
+
     def _write(self, plan: Plan) -> None:
         for row in plan.rows:
+            self.recomputed += max(self._furthest[row.sequence] - row.start, 0)
+            self._furthest[row.sequence] = row.stop
             tokens = row.sequence.tokens(0, row.stop)
             for position in range(row.start, row.stop):
                 for block, offset in self._places(position, row.sequence.blocks):
                     assert self.pool.references(block) == 1, "others would see this write"
-                    self.memory[block][offset] = (row.sequence.request.salt, tuple(tokens[: position + 1]))
+                    cells = self.memory.setdefault(block, [None] * self.limits.block_size)
+                    cells[offset] = (row.sequence.request.salt, tuple(tokens[: position + 1]))
 
     def _check_context(self, row: Row) -> None:
         sequence = row.sequence
-        self._check_memory(sequence.tokens(0, row.stop), sequence.request.salt, sequence.blocks)
+        self._check_memory(sequence.tokens(0, row.stop), sequence.request.salt, sequence.blocks, self.memory)
 
-    def _check_memory(self, tokens: list[int], salt: Hashable, blocks: list[int] | tuple[int, ...]) -> None:
+    def _check_memory(
+        self, tokens: list[int], salt: Hashable, blocks: list[int] | tuple[int, ...], memory: dict[int, Cells]
+    ) -> None:
         for position in range(len(tokens)):
-            found = {self.memory[block][offset] for block, offset in self._places(position, blocks)}
+            found = {memory[block][offset] for block, offset in self._places(position, blocks)}
             assert found == {(salt, tuple(tokens[: position + 1]))}
 
     def _places(self, position: int, blocks: list[int] | tuple[int, ...]) -> list[tuple[int, int]]:

@@ -53,6 +53,16 @@ def test_the_longest_text_is_the_models_or_what_the_pool_holds(tiny_model):
         longest(kv_cache_dtype="int5")
 
 
+def test_the_swap_space_is_counted_in_blocks(tiny_model):
+    """A block of 8 tokens in float32: two layers with 2 heads of 16 elements, keys and values."""
+    block_bytes = 8 * 2 * 2 * 2 * 16 * 4
+    core = core_of(tiny_model, swap_space=5 * block_bytes + 1)
+    assert (core.stats().swap_blocks_total, core.stats().swap_blocks_used, core.stats().swaps) == (5, 0, 0)
+    assert core_of(tiny_model).stats().swap_blocks_total == 0
+    with pytest.raises(MemoryFitError, match=f"swap_space is {block_bytes - 1:,} bytes, .* takes {block_bytes:,}"):
+        core_of(tiny_model, swap_space=block_bytes - 1)
+
+
 @pytest.mark.parametrize("prompt_length", [1, 15, 47])
 def test_a_pool_of_one_sequence_serves_any_text_that_fits(tiny_model, prompt_length):
     core = core_of(tiny_model, block_size=16, num_kv_blocks=3, max_model_len=48, max_num_batched_tokens=10)

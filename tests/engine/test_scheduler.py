@@ -1,4 +1,4 @@
-"""The scheduler and the cache under random arrivals, aborts, forks and pools that are far too small."""
+"""The scheduler and the cache under random arrivals, aborts and forks, in pools that are far too small."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvant.engine.sequence import Request
-from tests.engine.simulation import Limits, Simulation, expected_output
+from tests.engine.simulation import STOP, Limits, Simulation, expected_output
 
 FEW = settings(
     max_examples=150,
@@ -16,6 +15,7 @@ FEW = settings(
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+AMPLE = 10_000  # blocks of swap space, for more sequences than any of these tests has
 MANY = settings(FEW, max_examples=1500, stateful_step_count=80)
 
 
@@ -30,8 +30,26 @@ def limits(draw: st.DrawFn) -> Limits:
         num_blocks=-(-(max_model_len + 3 * sinks) // block_size) + spare,
         max_model_len=max_model_len,
         sinks=sinks,
+        swap_blocks=draw(st.sampled_from((0, 1, 3, 6, AMPLE, AMPLE))),
         max_num_seqs=draw(st.sampled_from((1, 2, 3, 5, 8))),
         budget=draw(st.sampled_from((1, 3, 8, 16, 33, 64, 100))),
+        caching=draw(st.sampled_from((True, True, True, False))),
+    )
+
+
+@st.composite
+def narrow(draw: st.DrawFn) -> Limits:
+    """Many long sequences in a pool with room for hardly more than one: somebody always has to make room."""
+    block_size, sinks = draw(st.sampled_from(((8, 0), (8, 1), (8, 2), (16, 3))))
+    max_model_len = draw(st.sampled_from((24, 33, 40)))
+    return Limits(
+        block_size=block_size,
+        num_blocks=-(-(max_model_len + 3 * sinks) // block_size) + draw(st.integers(0, 3)),
+        max_model_len=max_model_len,
+        sinks=sinks,
+        swap_blocks=draw(st.sampled_from((3, 6, AMPLE))),
+        max_num_seqs=draw(st.sampled_from((4, 8))),
+        budget=draw(st.sampled_from((8, 16, 100))),
         caching=draw(st.sampled_from((True, True, True, False))),
     )
 
@@ -44,7 +62,6 @@ class Traffic(RuleBasedStateMachine):
     @initialize(limits=limits())
     def start(self, limits: Limits) -> None:
         self.simulation = Simulation(limits)
-        self.aborted: set[tuple[Request, int]] = set()
 
     @rule(data=st.data(), n=st.integers(1, 4), max_tokens=st.none() | st.integers(1, 20), twice=st.booleans())
     def arrive(self, data: st.DataObject, n: int, max_tokens: int | None, twice: bool) -> None:
@@ -56,6 +73,7 @@ class Traffic(RuleBasedStateMachine):
                 max_tokens=max_tokens,
                 salt=data.draw(st.sampled_from((None, None, None, "salt"))),
                 may_reuse=data.draw(st.sampled_from((True, True, True, False))),
+                stop_ids=data.draw(st.sampled_from((frozenset({STOP}), frozenset()))),
             )
 
     def _prompt(self, data: st.DataObject) -> list[int]:
@@ -76,11 +94,16 @@ class Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.simulation.requests)
     @rule(data=st.data(), whole=st.booleans())
     def abort(self, data: st.DataObject, whole: bool) -> None:
-        request = data.draw(st.sampled_from(self.simulation.requests))
+        requests = self.simulation.requests
+        swapped = [request for request in requests if any(sequence.swapped for sequence in request.sequences)]
+        request = data.draw(st.sampled_from(requests) | st.sampled_from(swapped or requests))
         index = None if whole else data.draw(st.integers(0, request.sampling.n - 1))
-        chosen = [s for s in request.sequences if index in (None, s.index) and s.finish_reason is None]
-        self.aborted |= {(request, sequence.index) for sequence in chosen}
         self.simulation.abort(request, index)
+
+    @precondition(lambda self: self.simulation.scheduler.has_work())
+    @rule()
+    def fail(self) -> None:
+        self.simulation.fail()
 
     @invariant()
     def nothing_leaks(self) -> None:
@@ -96,18 +119,43 @@ class Traffic(RuleBasedStateMachine):
         for request in simulation.requests:
             for sequence in request.sequences:
                 whole = expected_output(simulation.limits, request, sequence.index)
-                aborted = (request, sequence.index) in self.aborted
+                aborted = sequence in simulation.aborted
                 assert sequence.output == (whole[: len(sequence.output)] if aborted else whole)
                 assert (sequence.finish_reason == "abort") == aborted
         if simulation.tree is not None:
             simulation.tree.clear()
         assert simulation.pool.num_free == simulation.limits.num_blocks
+        assert simulation.swap.num_free == simulation.limits.swap_blocks
+        self._check_swapping()
+
+    def _check_swapping(self) -> None:
+        scheduler, room = self.simulation.scheduler, self.simulation.limits.swap_blocks
+        assert 0 <= scheduler.swaps <= scheduler.preemptions
+        if room == 0:
+            assert scheduler.swaps == 0
+        if room == AMPLE:
+            assert (scheduler.swaps, self.simulation.recomputed) == (scheduler.preemptions, 0)
+
+
+class Crowd(Traffic):
+    """The same, where swapping is the rule."""
+
+    @initialize(limits=narrow())
+    def start(self, limits: Limits) -> None:
+        super().start(limits)
 
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = FEW
+TestCrowd = Crowd.TestCase
+TestCrowd.settings = FEW
 
 
 @pytest.mark.slow
 class TestMuchTraffic(Traffic.TestCase):  # type: ignore[name-defined, misc]
     settings = MANY
+
+
+@pytest.mark.slow
+class TestGreatCrowd(Crowd.TestCase):  # type: ignore[name-defined, misc]
+    settings = settings(MANY, max_examples=500)

@@ -62,6 +62,89 @@ def test_the_latest_arrival_makes_room_and_goes_on_later_with_the_output_it_had(
     assert sim.scheduler.preemptions == 1
 
 
+def test_what_was_swapped_out_goes_on_where_it_was():
+    sim = simulation(num_blocks=8, caching=False, swap_blocks=5)
+    first, second = (sim.submit([i] * 30, max_tokens=30, stop_ids=ENDLESS) for i in range(2))
+    while not sim.scheduler.preemptions:
+        plan = sim.step()
+    [sequence] = second.sequences
+    computed = sequence.computed
+    assert (sequence.total, sequence.blocks, len(sequence.swapped)) == (computed + 1, [], 4)
+    assert [target for _, target in plan.swaps_out] == sequence.swapped
+    assert (sim.swap.num_free, sim.scheduler.swaps) == (1, 1)
+    while first.sequences[0].finish_reason is None:
+        sim.step()
+    plan = sim.step()
+    assert shares(plan) == [(second, computed, computed + 1)]
+    assert [target for _, target in plan.swaps_in] == sequence.blocks[:4]
+    assert (sim.swap.num_free, sequence.swapped) == (5, [])
+    sim.finish()
+    assert sim.recomputed == 0
+
+
+def test_a_prompt_in_pieces_is_swapped_too():
+    sim = simulation(num_blocks=8, budget=8, swap_blocks=8)
+    sim.submit([0] * 22, max_tokens=4, stop_ids=ENDLESS)
+    second = sim.submit([1] * 39)
+    while not sim.scheduler.preemptions:
+        sim.step()
+    computed = second.sequences[0].computed
+    assert 0 < computed < 39
+    resumed = next(start for _ in range(9) for who, start, _ in shares(sim.step()) if who is second)
+    assert resumed == computed
+
+
+def test_where_not_all_of_it_fits_nothing_is_swapped():
+    sim = simulation(num_blocks=8, caching=False, swap_blocks=3)
+    second = [sim.submit([i] * 30, max_tokens=30, stop_ids=ENDLESS) for i in range(2)][1].sequences[0]
+    while not sim.scheduler.preemptions:
+        assert sim.step().swaps_out == ()
+    assert (second.swapped, second.computed, sim.scheduler.swaps) == ([], 0, 0)
+    sim.finish()
+    assert sim.recomputed > 30
+
+
+def test_an_aborted_text_leaves_the_swap_space():
+    sim = simulation(num_blocks=8, caching=False, swap_blocks=4)
+    second = [sim.submit([i] * 30, max_tokens=30, stop_ids=ENDLESS) for i in range(2)][1]
+    while not sim.scheduler.swaps:
+        sim.step()
+    assert sim.swap.num_free == 0
+    sim.abort(second)
+    assert sim.swap.num_free == 4
+    sim.finish()
+
+
+def test_a_block_that_was_swapped_out_may_be_copied_into_at_once():
+    """A choice that ended left its last block to the tree, so the other copies it: where a later arrival just was."""
+    sim = simulation(num_blocks=3, max_model_len=24, swap_blocks=1)
+    request, late = sim.submit([0] * 12, n=2, stop_ids=ENDLESS), sim.submit([1] * 3, stop_ids=ENDLESS)
+    sim.step()
+    sim.abort(request, 1)
+    [shared, given] = request.sequences[0].blocks[1], late.sequences[0].blocks[0]
+    plan = sim.step()
+    assert (plan.swaps_out, plan.copies) == (((given, 0),), ((shared, given),))
+    sim.finish()
+
+
+def test_a_block_that_is_copied_may_be_swapped_into_at_once():
+    """Once `third` has copied the block it shares with the tree, that may be evicted for `last`."""
+    sim = simulation(num_blocks=6, max_model_len=40, swap_blocks=1)
+    first, second = sim.submit([0] * 21, stop_ids=ENDLESS), sim.submit([1] * 4, stop_ids=ENDLESS)
+    sim.step()
+    third, last = sim.submit([0] * 18 + [1], stop_ids=ENDLESS), sim.submit([2] * 3, stop_ids=ENDLESS)
+    while sim.scheduler.preemptions < 2:
+        sim.step()
+    assert (third.sequences[0].computed, last.sequences[0].swapped) == (0, [0])
+    known = first.sequences[0].blocks[2]
+    sim.abort(first)
+    plan = sim.step()
+    assert shares(plan)[1:] == [(third, 18, 23), (last, 5, 6)]
+    assert ([source for source, _ in plan.copies], plan.swaps_in) == ([known], ((0, known),))
+    assert second.sequences[0].finish_reason is None
+    sim.finish()
+
+
 def test_a_finished_text_serves_a_longer_one_to_its_last_computed_token():
     sim = simulation()
     first = sim.submit([1, 2, 3] * 5, max_tokens=1)
@@ -115,6 +198,17 @@ def test_a_choice_alone_with_a_block_that_the_tree_shares_starts_over():
             assert shares(sim.step()) == [(request, 0, 13)]
         sim.finish()
     assert alone > 0
+
+
+def test_a_choice_alone_with_such_a_block_goes_on_with_its_copy_from_the_swap_space():
+    sim = simulation(num_blocks=2, max_model_len=16, swap_blocks=2)
+    request = sim.submit([0] * 12, n=2, stop_ids=ENDLESS)
+    sim.step()
+    sim.abort(request, 1)
+    plan = sim.step()
+    assert shares(plan) == [(request, 12, 13)]
+    assert sorted(source for source, _ in plan.swaps_out) == sorted(target for _, target in plan.swaps_in) == [0, 1]
+    sim.finish()
 
 
 def test_a_block_that_was_found_partly_filled_is_known_once_it_is_full():

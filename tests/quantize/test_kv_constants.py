@@ -11,8 +11,7 @@ from torch import Tensor
 from kvant.formats.kv import KV_FORMATS, LayerPlan
 from kvant.formats.kv_codecs import StaticCodec, hadamard
 from kvant.formats.kv_stats import CENTRE_TILE, NO_STATS, LayerStats, turn
-from kvant.models.rope import RotaryEmbedding
-from kvant.models.rope import inverse_frequencies
+from kvant.models.rope import RotaryEmbedding, inverse_frequencies
 from kvant.models.spec import RopeSpec
 from kvant.quantize import kv_constants
 from kvant.quantize.kv_constants import frequencies, key_centre, key_shape, layer_plan, static_scale, turned_moment

@@ -1,4 +1,4 @@
-"""The KV cache's memory: one pool of blocks, cut from what `KVFormat.planes` says, and the fit of its size."""
+"""The KV cache's memory: a pool of blocks, cut from what `KVFormat.planes` says, swap space, and the fit of both."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ AUTOMATIC_FRACTION = 0.5
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What the pool holds, in numbers a user can check."""
+    """What the pool holds, and `swap_blocks` beside it, in numbers a user can check."""
 
     shape: KVShape
     plan: KVPlan
     num_blocks: int
     block_size: int
+    swap_blocks: int = 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -42,9 +43,19 @@ class MemoryReport:
         return self.paging.capacity(self.num_blocks)
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers."""
+        return self.block_size * self.bytes_per_token
+
+    @property
     def pool_bytes(self) -> int:
         """Bytes of the whole pool."""
-        return self.num_blocks * self.block_size * self.bytes_per_token
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def swap_bytes(self) -> int:
+        """Bytes of the whole swap space."""
+        return self.swap_blocks * self.block_bytes
 
     def tokens_in(self, format_name: str) -> int:
         """Tokens the same bytes would hold in another format."""
@@ -55,10 +66,11 @@ class MemoryReport:
     def describe(self) -> str:
         """The one log line that explains the memory."""
         gain = self.tokens / max(self.tokens_in("fp16"), 1)
+        swap = f"; {_mib(self.swap_bytes)} of swap space" if self.swap_blocks else ""
         return (
             f"KV cache {self.plan.name}: {self.bytes_per_token:,} bytes per token; {_mib(self.pool_bytes)} in "
             f"{self.num_blocks:,} blocks of {self.block_size} hold {self.tokens:,} tokens, "
-            f"{gain:.2f}x as many as 16 bit"
+            f"{gain:.2f}x as many as 16 bit{swap}"
         )
 
 
@@ -104,10 +116,40 @@ class KVStore:
                     plane[target] = plane[source]
 
 
-def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: int, free: int) -> MemoryReport:
-    """How many blocks the pool gets.
+class SwapSpace:
+    """Host memory for the content of blocks that others need now: blocks as the store's, bytes in all layers.
 
-    Given as num_kv_blocks or kv_cache_memory it is that; otherwise half of the free memory, and no more than
+    Raises:
+        MemoryFitError: the system refuses the memory.
+    """
+
+    def __init__(self, store: KVStore, num_blocks: int) -> None:
+        planes = [plane for layer in store.layers for plane in layer.planes.values()] if num_blocks else []
+        try:
+            kept = [_lazy_zeros((num_blocks, *plane.shape[1:]), plane.dtype) for plane in planes]
+        except MemoryError as error:
+            raise MemoryFitError(f"the system refused {num_blocks:,} blocks of swap space; lower swap_space") from error
+        self._planes = list(zip(planes, kept, strict=True))
+
+    def swap_out(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, (source in the store, target here); no target comes twice."""
+        if moves:
+            sources, targets = torch.tensor(moves).unbind(1)
+            for plane, kept in self._planes:
+                kept[targets] = plane[sources].to(kept.device)
+
+    def swap_in(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks back, (source here, target in the store); no target comes twice."""
+        if moves:
+            sources, targets = torch.tensor(moves).unbind(1)
+            for plane, kept in self._planes:
+                plane[targets] = kept[sources].to(plane.device)
+
+
+def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: int, free: int) -> MemoryReport:
+    """How many blocks the pool and the swap space get.
+
+    Given as num_kv_blocks or kv_cache_memory the pool is that; otherwise half of the free memory, and no more than
     max_num_seqs sequences of the full length could use.
 
     Args:
@@ -119,10 +161,11 @@ def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: i
 
     Raises:
         ConfigError: a block is too small for the sinks that the plan keeps.
-        MemoryFitError: the request exceeds the free memory, or not even one sequence of max_model_len fits.
+        MemoryFitError: the request exceeds the free memory, not even one sequence of max_model_len fits, or the swap
+            space holds no block.
     """
     _check_block_size(config.block_size, plan)
-    block_bytes = MemoryReport(shape, plan, 1, config.block_size).pool_bytes
+    block_bytes = MemoryReport(shape, plan, 1, config.block_size).block_bytes
     longest = config.max_model_len or max_position
     blocks_per_sequence = Paging(config.block_size, plan.lead).blocks_for(longest)
     budget = config.kv_cache_memory
@@ -136,7 +179,28 @@ def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: i
         blocks = int(free * budget if isinstance(budget, float) else budget) // block_bytes
     report = MemoryReport(shape, plan, blocks, config.block_size)
     _check_fit(config, report, free)
-    return report
+    return replace(report, swap_blocks=_fit_swap(config, report, free))
+
+
+def _fit_swap(config: EngineConfig, report: MemoryReport, free: int) -> int:
+    """Blocks of the swap space. A fraction is of all free memory, as the pool's is; what the pool leaves must do."""
+    space = config.swap_space
+    if space is None:
+        return 0
+    assert not isinstance(space, str), "EngineConfig parses sizes"
+    asked = int(free * space) if isinstance(space, float) else space
+    blocks, left = asked // report.block_bytes, free - report.pool_bytes
+    if not blocks:
+        raise MemoryFitError(
+            f"swap_space is {asked:,} bytes, one block of {report.block_size} tokens takes {report.block_bytes:,}; "
+            "raise swap_space (a size has a unit: '2GiB', '800MB', '10%'), or leave it out"
+        )
+    if blocks * report.block_bytes > left:
+        raise MemoryFitError(
+            f"swap_space needs {_mib(asked)}, beside the KV cache {_mib(left)} are free; "
+            "lower swap_space, kv_cache_memory or num_kv_blocks"
+        )
+    return blocks
 
 
 def _check_block_size(block_size: int, plan: KVPlan) -> None:

@@ -131,6 +131,12 @@ ENGINE_FLAGS = (
     ),
     _engine("num_kv_blocks", int, "The same as a number of blocks, instead of --kv-cache-memory."),
     _engine(
+        "swap_space",
+        str,
+        "Memory beside the KV cache that keeps the KV of requests which must make room for others: '2GiB', '800MB', "
+        "'10%' of what is free. Default: none; they are computed again.",
+    ),
+    _engine(
         "enable_prefix_caching",
         bool,
         "Keep the KV of what was read before and use it again when a prompt begins with the same tokens.",

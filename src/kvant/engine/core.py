@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvant.cache.blocks import BlockPool
 from kvant.cache.memory import available_memory
 from kvant.cache.prefix import PrefixTree
-from kvant.cache.store import KVStore, MemoryReport, fit_pool
+from kvant.cache.store import KVStore, MemoryReport, SwapSpace, fit_pool
 from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.runner import Runner
 from kvant.engine.scheduler import Scheduler
@@ -21,7 +21,10 @@ from kvant.weights.load import LoadedModel
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The engine at one moment. Blocks are used by running requests, cached for later ones, or free."""
+    """The engine at one moment. Blocks are used by running requests, cached for later ones, or free.
+
+    Of all `preemptions` so far, `swaps` kept their KV in the swap space; the others are computed again.
+    """
 
     running: int
     waiting: int
@@ -29,6 +32,9 @@ class EngineStats:
     kv_blocks_cached: int
     kv_blocks_total: int
     preemptions: int
+    swaps: int
+    swap_blocks_used: int
+    swap_blocks_total: int
     healthy: bool
 
 
@@ -60,17 +66,19 @@ class Core:
         self._max_num_seqs = config.max_num_seqs
         self._seeds = random.Random(config.seed)
         self._pool = BlockPool(self.memory.num_blocks)
+        self._swap = BlockPool(self.memory.swap_blocks)
         self._tree = PrefixTree(self._pool, self.memory.paging) if config.enable_prefix_caching else None
         self._scheduler = Scheduler(
             self._pool,
             self._tree,
+            swap=self._swap,
             paging=self.memory.paging,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
         self.store = KVStore.allocate(spec.kv_shape, plan, self.memory.num_blocks, config.block_size)
-        self._runner = Runner(model.decoder, self.store)
+        self._runner = Runner(model.decoder, self.store, SwapSpace(self.store, self.memory.swap_blocks))
 
     def request(self, prompt: List[int], sampling: SamplingParams, sink: Sink) -> Request:
         """A request that this engine can serve, not yet queued. Safe to call from any thread.
@@ -149,5 +157,8 @@ class Core:
             kv_blocks_cached=self._pool.num_blocks - self._pool.num_free - used,
             kv_blocks_total=self._pool.num_blocks,
             preemptions=self._scheduler.preemptions,
+            swaps=self._scheduler.swaps,
+            swap_blocks_used=self._swap.num_blocks - self._swap.num_free,
+            swap_blocks_total=self._swap.num_blocks,
             healthy=True,
         )

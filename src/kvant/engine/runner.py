@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvant.cache.store import KVStore
+from kvant.cache.store import KVStore, SwapSpace
 from kvant.engine.batch import build_batch
 from kvant.engine.sampler import Sampler, token_logprobs
 from kvant.engine.sequence import Plan, Row, Sampled
@@ -17,17 +17,20 @@ _LOGIT_ROWS_AT_ONCE = 64  # bounds the logits of prompt_logprobs
 
 
 class Runner:
-    """A decoder with its KV store."""
+    """A decoder with its KV store and swap space."""
 
-    def __init__(self, decoder: Decoder, store: KVStore) -> None:
+    def __init__(self, decoder: Decoder, store: KVStore, swap: SwapSpace) -> None:
         self._decoder = decoder
         self._store = store
+        self._swap = swap
         self._sampler = Sampler(decoder.ops)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Sampled]:
-        """Compute the plan's tokens, write their KV, and draw the tokens it asks for."""
+        """Copy the plan's blocks, compute its tokens, write their KV, and draw the tokens it asks for."""
+        self._swap.swap_out(plan.swaps_out)
         self._store.copy_blocks(plan.copies)
+        self._swap.swap_in(plan.swaps_in)
         batch = build_batch(plan, self._store.paging, self._decoder.spec.length_rope)
         hidden = self._decoder.forward(batch.ids, batch.attention, batch.rope_lengths, self._store.layers)
         spans = list(pairwise(batch.attention.query_starts))

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from kvant.cache.blocks import BlockPool, Paging
 from kvant.cache.prefix import PrefixTree
 from kvant.engine.outputs import FinishReason
-from kvant.engine.sequence import Plan, Request, Row, Sampled, Sequence, TokenEvent
+from kvant.engine.sequence import Draft, Plan, Request, Sampled, Sequence, TokenEvent
 
 
 class Scheduler:
@@ -22,6 +22,7 @@ class Scheduler:
     Args:
         pool: the blocks; it must hold at least `max_model_len` tokens, so that one sequence can always run.
         tree: known prefixes in these blocks, or None to share nothing between requests.
+        swap: blocks of the swap space, for what preempted sequences have computed; none where it is off.
         paging: where a sequence's tokens lie in its blocks.
         max_num_seqs: sequences that may run at once.
         max_num_batched_tokens: budget of a step.
@@ -33,6 +34,7 @@ class Scheduler:
         pool: BlockPool,
         tree: PrefixTree | None,
         *,
+        swap: BlockPool,
         paging: Paging,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -40,6 +42,7 @@ class Scheduler:
     ) -> None:
         self._pool = pool
         self._tree = tree
+        self._swap = swap
         self._paging = paging
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
@@ -47,6 +50,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self.preemptions = 0
+        self.swaps = 0
 
     @property
     def num_waiting(self) -> int:
@@ -78,15 +82,14 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step: decodes first, then prompts in order of arrival, then whoever waits and fits."""
-        rows: dict[Sequence, Row] = {}
-        copies: list[tuple[int, int]] = []
+        draft = Draft()
         preempted = self.preemptions
         for sequence in sorted(self._running, key=lambda s: s.remaining > 1):
             if sequence in self._running:
-                self._continue(sequence, rows, copies)
-        if preempted == self.preemptions or not rows:
-            self._admit(rows, copies)
-        return Plan(tuple(rows.values()), tuple(copies))
+                self._continue(sequence, draft)
+        if preempted == self.preemptions or not draft.rows:
+            self._admit(draft)
+        return draft.plan()
 
     def commit(self, plan: Plan, sampled: Iterable[Sampled]) -> list[tuple[Request, TokenEvent]]:
         """Take a step's results: advance, remember full blocks, share prompts with forks, append tokens, finish."""
@@ -98,29 +101,28 @@ class Scheduler:
                 self._fork(row.sequence)
         return [(item.sequence.request, self._append(item, now)) for item in sampled]
 
-    def _continue(self, sequence: Sequence, rows: dict[Sequence, Row], copies: list[tuple[int, int]]) -> None:
-        """Plan more of a running sequence; where blocks run out, the latest arrivals make room."""
-        count = min(sequence.remaining, self._budget - _tokens(rows))
-        while count and not self._reserve(sequence, sequence.computed + count, copies):
+    def _continue(self, sequence: Sequence, draft: Draft) -> None:
+        """Plan more of a running sequence; where blocks run out, the latest arrivals make room.
+
+        None of them is in the draft yet: only decodes need new blocks, and these come first, in order of arrival.
+        """
+        count = min(sequence.remaining, self._budget - draft.num_tokens)
+        while count and not self._reserve(sequence, sequence.computed + count, draft):
             victim = self._running[-1]
             # Alone and still no room: the blocks it shares with the tree are in its own way.
             sequence.may_reuse &= len(self._running) > 1
-            rows.pop(victim, None)
-            self._preempt(victim)
+            self._preempt(victim, draft)
             if victim is sequence:
                 return
         if count:
-            rows[sequence] = _row(sequence, count)
+            draft.compute(sequence, count)
 
-    def _admit(self, rows: dict[Sequence, Row], copies: list[tuple[int, int]]) -> None:
-        while self._waiting and _tokens(rows) < self._budget:
+    def _admit(self, draft: Draft) -> None:
+        while self._waiting and draft.num_tokens < self._budget:
             sequence = self._waiting[0]
             if self.num_running + 1 + len(sequence.forks) > self._max_num_seqs:
                 return
-            self._reuse_prefix(sequence)
-            # Room for all of it, though only a chunk may be computed now: half a prompt would only hold others up.
-            if not self._reserve(sequence, sequence.total, copies):
-                self._release(sequence)
+            if not self._place(sequence, draft):
                 if self._running:
                     return
                 sequence.may_reuse = False
@@ -128,7 +130,21 @@ class Scheduler:
             self._waiting.popleft()
             self._running.append(sequence)
             self._note_first_time(sequence)
-            rows[sequence] = _row(sequence, min(sequence.remaining, self._budget - _tokens(rows)))
+            draft.compute(sequence, min(sequence.remaining, self._budget - draft.num_tokens))
+
+    def _place(self, sequence: Sequence, draft: Draft) -> bool:
+        """Blocks for all of a sequence that waits, with what is known or swapped of it; none if there are not enough.
+
+        For all of it, though only a chunk may be computed now: half a prompt would only hold others up.
+        """
+        if not sequence.swapped:
+            self._reuse_prefix(sequence)
+        if not self._reserve(sequence, sequence.total, draft):
+            self._release(sequence)
+            return False
+        draft.swaps_in += zip(sequence.swapped, sequence.blocks, strict=False)
+        self._leave_swap(sequence)
+        return True
 
     def _note_first_time(self, sequence: Sequence) -> None:
         """What the cache saved is what a request found at its start, not its own work found again after preemption."""
@@ -147,7 +163,7 @@ class Scheduler:
         sequence.computed = match.length
         sequence.cached_blocks = self._paging.full_blocks(match.length)
 
-    def _reserve(self, sequence: Sequence, upto: int, copies: list[tuple[int, int]]) -> bool:
+    def _reserve(self, sequence: Sequence, upto: int, draft: Draft) -> bool:
         """Blocks for the tokens [computed, upto), all or none. A shared block is copied before it is written."""
         partial = self._paging.block_of(sequence.computed)
         shared = partial < len(sequence.blocks) and self._pool.references(sequence.blocks[partial]) > 1
@@ -157,7 +173,7 @@ class Scheduler:
             return False
         if shared:
             source, target = sequence.blocks[partial], taken.pop()
-            copies.append((source, target))
+            draft.copies.append((source, target))
             sequence.blocks[partial] = target
             self._pool.release(source)
         sequence.blocks.extend(taken)
@@ -225,6 +241,7 @@ class Scheduler:
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
         self._leave_forks(sequence)
+        self._leave_swap(sequence)
         self._release(sequence)
         return TokenEvent(sequence.index, None, time.monotonic(), None, reason)
 
@@ -244,25 +261,41 @@ class Scheduler:
             used = self._paging.blocks_for(sequence.computed)
             self._tree.insert(sequence.tokens(0, sequence.computed), sequence.blocks[:used], sequence.request.salt)
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Give all blocks back; the sequence will be recomputed, first in the queue. Its output stays as it is."""
+    def _preempt(self, sequence: Sequence, draft: Draft) -> None:
+        """Give all blocks back; the sequence is first in the queue, with its output as it is.
+
+        What it has computed is swapped out, and where that does not fit, computed again.
+        """
+        assert sequence not in draft.rows, "its blocks may have copies to come"
+        assert not draft.swaps_in, "what they read may be overwritten"
         self._running.remove(sequence)
+        self._swap_out(sequence, draft)
         self._release(sequence)
         self._waiting.appendleft(sequence)
         self.preemptions += 1
 
+    def _swap_out(self, sequence: Sequence, draft: Draft) -> None:
+        """Keep all blocks that the sequence has computed tokens in, or none."""
+        used = sequence.blocks[: self._paging.blocks_for(sequence.computed)]
+        if len(used) > self._swap.num_free:
+            return
+        for block in used:
+            target = self._swap.take()
+            assert target is not None, "counted above"
+            sequence.swapped.append(target)
+            draft.swaps_out.append((block, target))
+        self.swaps += 1
+
+    def _leave_swap(self, sequence: Sequence) -> None:
+        for block in sequence.swapped:
+            self._swap.release(block)
+        sequence.swapped = []
+
     def _release(self, sequence: Sequence) -> None:
+        """Give all blocks back; what the swap space does not keep is to be computed again."""
         for block in sequence.blocks:
             self._pool.release(block)
         sequence.blocks = []
-        sequence.computed = sequence.cached_blocks = 0
-
-
-def _tokens(rows: dict[Sequence, Row]) -> int:
-    return sum(row.stop - row.start for row in rows.values())
-
-
-def _row(sequence: Sequence, count: int) -> Row:
-    stop = sequence.computed + count
-    samplers = (sequence, *sequence.forks) if stop == sequence.total else ()
-    return Row(sequence, sequence.computed, stop, samplers)
+        sequence.cached_blocks = 0
+        if not sequence.swapped:
+            sequence.computed = 0

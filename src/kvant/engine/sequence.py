@@ -79,6 +79,7 @@ class Sequence:
         forks: the request's other choices, as long as they wait to share this one's prompt.
         cached_blocks: leading blocks that the prefix tree knows.
         may_reuse: whether it may take blocks from the prefix tree.
+        swapped: blocks of the swap space that keep its KV while it waits for room in the pool; else empty.
     """
 
     request: Request
@@ -89,6 +90,7 @@ class Sequence:
     forks: tuple[Sequence, ...] = ()
     cached_blocks: int = 0
     may_reuse: bool = True
+    swapped: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     @property
@@ -123,15 +125,47 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A step in plain integers. `copies` (source block, target block) come before anything is computed."""
+    """A step in plain integers.
+
+    Blocks are copied, (source, target), before anything is computed: first `swaps_out` from the pool to the swap space,
+    then `copies` within the pool, one after the other, last `swaps_in`. The order matters: the source of one may be
+    given away in the same plan, and be the target of a later one.
+    """
 
     rows: tuple[Row, ...]
     copies: tuple[tuple[int, int], ...]
+    swaps_out: tuple[tuple[int, int], ...] = ()
+    swaps_in: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return sum(row.stop - row.start for row in self.rows)
+
+
+@dataclass
+class Draft:
+    """A plan in the making."""
+
+    rows: dict[Sequence, Row] = field(default_factory=dict)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    swaps_out: list[tuple[int, int]] = field(default_factory=list)
+    swaps_in: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed so far."""
+        return sum(row.stop - row.start for row in self.rows.values())
+
+    def compute(self, sequence: Sequence, count: int) -> None:
+        """Let the step compute the sequence's next `count` tokens."""
+        stop = sequence.computed + count
+        samplers = (sequence, *sequence.forks) if stop == sequence.total else ()
+        self.rows[sequence] = Row(sequence, sequence.computed, stop, samplers)
+
+    def plan(self) -> Plan:
+        """The plan as it stands."""
+        return Plan(tuple(self.rows.values()), tuple(self.copies), tuple(self.swaps_out), tuple(self.swaps_in))
 
 
 @dataclass(frozen=True)
