@@ -91,7 +91,12 @@ def compare_kv_formats(
     loaded = load_model(path, dtype=engine.dtype, ops=select_ops(engine.device))
     rows = compare_kv(loaded, _plans(engine, formats, loaded, tokenizer), pieces, progress)
     dtype = str(loaded.dtype).removeprefix("torch.")
-    return Comparison(str(model or DEFAULT_MODEL), str(text or BUNDLED_TEXT), engine, dtype, rows)
+    return Comparison(_shown(model or DEFAULT_MODEL), _shown(text or BUNDLED_TEXT), engine, dtype, rows)
+
+
+def _shown(name: str | Path) -> str:
+    """A file by its name alone: where it lies says nothing about the result."""
+    return Path(name).name if Path(name).exists() else str(name)
 
 
 def _plans(engine: EngineConfig, formats: Sequence[str], model: LoadedModel, tokenizer: Tokenizer) -> dict[str, KVPlan]:
