@@ -17,7 +17,7 @@ def load(path: Path) -> tuple[str, list[dict[str, Any]]]:
     """The model's name and the rows that differ from 16 bit at all."""
     report = json.loads(path.read_text(encoding="utf-8"))
     rows = [row for row in report["rows"] if row["kl"]]
-    return Path(report["model"]).stem, rows
+    return report["model"].removesuffix(".gguf"), rows
 
 
 def draw(reports: list[tuple[str, list[dict[str, Any]]]], out: Path) -> None:
@@ -41,7 +41,7 @@ def draw(reports: list[tuple[str, list[dict[str, Any]]]], out: Path) -> None:
                 textcoords="offset points",
                 fontsize=8,
             )
-        panel.set(title=model, xlabel="stored bits per element", yscale="log", xlim=(4, 9.9))
+        panel.set(title=model, xlabel="stored bits per element", yscale="log", xlim=(4, 11))
         panel.grid(visible=True, which="major", alpha=0.3)
     panels[0][0].set_ylabel("mean KL to the 16-bit cache (nats)")
     figure.tight_layout()
