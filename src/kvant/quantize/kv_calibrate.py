@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,15 +21,13 @@ from kvant.quantize.kv_known import WINDOW_SIZE, WINDOWS, calibration_text
 from kvant.quantize.kv_measure import Progress, measure_kv
 from kvant.quantize.kv_statistics import STATISTICS_FILE, KVStatistics, LayerStatistics
 from kvant.quantize.scales.files import Layout, write_scales
-from kvant.quantize.scales.kv_scales import Codes, KVScales
+from kvant.quantize.scales.kv_scales import CODE_DTYPES, Codes, KVScales
 from kvant.quantize.scales.ranks import split
 from kvant.quantize.scales.tensors import SCALES_FILE, scale_tensors
 from kvant.quantize.texts import cut_windows, read_text_file
 from kvant.weights.load import load_model, open_source
 from kvant.weights.locate import locate
 from kvant.weights.tokenizer import read_tokenizer
-
-_DTYPES: Mapping[Codes, torch.dtype] = MappingProxyType({"int8": torch.int8, "fp8": torch.float8_e4m3fn})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +120,7 @@ def calibrate_kv(
 
 def static_scales(statistics: KVStatistics, codes: Codes) -> KVScales:
     """The step of each KV head with which codes reach its largest keys, not centred, and its largest values."""
-    codec = StaticCodec(_DTYPES[codes], per_head=True)
+    codec = StaticCodec(CODE_DTYPES[codes], per_head=True)
     keys = tuple(static_scale(codec, layer.key_range) for layer in statistics.layers)
     values = tuple(static_scale(codec, layer.value_range) for layer in statistics.layers)
     return KVScales(keys, values, codes)

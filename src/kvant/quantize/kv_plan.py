@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
@@ -26,11 +24,9 @@ from kvant.quantize.kv_known import known_statistics
 from kvant.quantize.kv_policy import resolve_layer_formats
 from kvant.quantize.kv_statistics import STATISTICS_FILE, KVStatistics, statistics_file
 from kvant.quantize.scales.files import read_scales
-from kvant.quantize.scales.kv_scales import Codes, KVScales
+from kvant.quantize.scales.kv_scales import CODE_DTYPES, KVScales
 from kvant.text.tokenizer import Tokenizer
 from kvant.weights.load import LoadedModel
-
-_LARGEST: Mapping[Codes, float] = MappingProxyType({"int8": 127.0, "fp8": 448.0})
 
 logger = logging.getLogger("kvant")
 
@@ -111,7 +107,7 @@ def _with_scales(plan: KVPlan, scales: KVScales, kv_heads: int) -> KVPlan:
 def _reach(scales: KVScales, codec: StaticCodec) -> float:
     """How many steps of the file the largest magnitude is; a file that does not tell is taken to mean the codec's."""
     if scales.codes:
-        return _LARGEST[scales.codes]
+        return StaticCodec(CODE_DTYPES[scales.codes]).largest
     if codec.dtype == torch.int8:
         logger.warning("the file does not tell whether its scales are for int8 or fp8 codes; they are taken for int8")
     return codec.largest

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from kvant.errors import ConfigError
 
 Codes = Literal["int8", "fp8"]
+CODE_DTYPES: Mapping[Codes, torch.dtype] = MappingProxyType({"int8": torch.int8, "fp8": torch.float8_e4m3fn})
 
 
 def known_codes(name: object) -> Codes | None:
