@@ -6,14 +6,16 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 # One thread: for the tests' small tensors a second one only waits, and on a busy machine it waits long.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint slow model clean
+.PHONY: help demo test lint slow sanitize model clean
+KERNELS := CMakeLists.txt $(wildcard src/kvant/kernels/cpu/csrc/*)
 
 help:
-	@echo "make demo    install kvant into $(VENV), fetch a small model (98 MB) and talk to it"
-	@echo "make test    install the development tools, then run linters, type checks and tests"
-	@echo "make lint    linters and type checks only"
-	@echo "make slow    the tests that take longer"
-	@echo "make clean   remove $(VENV) and everything that was built or cached here"
+	@echo "make demo      install kvant into $(VENV), fetch a small model (98 MB) and talk to it"
+	@echo "make test      install the development tools, then run linters, type checks and tests"
+	@echo "make lint      linters and type checks only"
+	@echo "make slow      the tests that take longer"
+	@echo "make sanitize  the kernels' tests under AddressSanitizer and UBSan; needs CMake and g++"
+	@echo "make clean     remove $(VENV) and everything that was built or cached here"
 	@echo "PYTHON=... picks the interpreter (3.11 or newer), VENV=... another place than .venv."
 
 demo: $(VENV)/.kvant model
@@ -31,6 +33,15 @@ lint: $(VENV)/.dev
 slow: $(VENV)/.dev model
 	@$(PYTEST) -m slow
 
+# The interpreter is built without the sanitizer: its runtime has to be loaded before, with the C++ library it wraps.
+sanitize: $(VENV)/.dev
+	@dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; set -e; \
+	cmake -S . -B "$$dir" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVANT_SANITIZE=address,undefined; \
+	cmake --build "$$dir" --parallel; \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 KVANT_CPU_LIBRARY="$$dir/_kernels.so" \
+	$(PYTEST) tests/test_parity.py tests/kernels
+
 model: $(VENV)/.kvant
 	@$(BIN)/kvant models pull smollm2
 
@@ -38,19 +49,19 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
 	find src tests examples -name __pycache__ -type d -exec rm -rf {} +
 
-# Each install leaves a stamp, so that the next run begins with the work.
+# Each install leaves a stamp, so that the next run begins with the work. The second leaves kvant itself as it is.
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "kvant needs Python 3.11 or newer, and $(PYTHON) is not that. Name another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.kvant: pyproject.toml constraints.txt | $(VENV)/.python
-	@echo "Installing kvant into $(VENV); PyTorch is large, this can take minutes."
+$(VENV)/.kvant: pyproject.toml constraints.txt $(KERNELS) | $(VENV)/.python
+	@echo "Installing kvant into $(VENV), and building its kernels; PyTorch is large, this can take minutes."
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.kvant
 	@echo "Installing the development tools into $(VENV)."
-	@$(PIP) install -c constraints.txt -e '.[serve,dev]'
+	@$(PIP) install -c constraints.txt 'kvant[serve,dev]'
 	@touch $@

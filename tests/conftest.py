@@ -17,7 +17,10 @@ settings.load_profile("kvant")
 
 @pytest.fixture(scope="session", autouse=True)
 def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A KVANT_HOME for the session: it finds the models that were pulled before, and the user's own stays untouched."""
+    """A KVANT_HOME for the session: it finds the models that were pulled before, and the user's own stays untouched.
+
+    The reference computes.
+    """
     home = tmp_path_factory.mktemp("home")
     (home / "models").mkdir()
     for name in PULLABLE:
@@ -25,6 +28,8 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             (home / "models" / f"{name}.gguf").symlink_to(path.resolve())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVANT_HOME", str(home))
+        # Tests of what is to be the same bits need it; those of native kernels ask for them.
+        patch.setenv("KVANT_CPU_ISA", "reference")
         yield
 
 

@@ -12,11 +12,13 @@ from kvant.cache.store import KVStore
 from kvant.formats.kv import KVPlan, resolve_kv_format
 from kvant.kernels.ops import AttentionBatch
 from kvant.kernels.reference import ReferenceOps
+from kvant.kernels.select import available_backends
 from kvant.models.decoder import Decoder
 from kvant.models.rope import rope_length
 from kvant.weights.load import load_model
 
 BLOCK_SIZE = 16
+NATIVE = tuple(name for name in available_backends() if name != ReferenceOps.name)  # best first; none without a library
 
 
 class SingleText:

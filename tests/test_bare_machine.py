@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from kvant.kernels.select import available_backends
 from tests.engine.checkpoint import write_checkpoint
 
-# Neither these packages nor a native extension can be imported; sys.path begins with the sources.
+# Neither these packages nor the native library are to be found; sys.path begins with the sources.
 _RUN = """
 import sys
 
@@ -17,8 +21,8 @@ class Absent:
         top = name.partition(".")[0]
         if top in {"gguf", "fastapi", "uvicorn", "starlette", "pydantic", "psutil", "accelerate", "sentencepiece"}:
             raise ImportError(f"{name} is not on this machine")
-        if name.startswith("kvant._"):
-            raise ImportError("the extension was not built")
+        if name == "kvant.kernels.cpu._kernels":
+            raise ImportError("the library was not built")
 
 sys.meta_path.insert(0, Absent())
 from kvant import EngineConfig, SamplingParams, pipeline
@@ -42,6 +46,7 @@ def test_it_runs_without_optional_packages(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["5", "reading GGUF files needs the gguf package: pip install gguf"]
+    assert done.stderr.count("PyTorch computes everything, slowly") == 1
 
 
 _LEAVE = """
@@ -54,8 +59,10 @@ print(next(stream).index)
 """
 
 
-def test_a_program_may_end_while_the_engine_works(tmp_path: Path) -> None:
-    """Without `with` or `close`: the engine's thread must not be torn down inside of PyTorch."""
-    checkpoint = write_checkpoint(tmp_path)
-    done = subprocess.run([sys.executable, "-c", _LEAVE, str(checkpoint)], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("isa", list(available_backends())[:2])
+def test_a_program_may_end_while_the_engine_works(isa: str, tmp_path: Path) -> None:
+    """Without `with` or `close`: the engine's thread must not be torn down inside of PyTorch or a native kernel."""
+    command = [sys.executable, "-c", _LEAVE, str(write_checkpoint(tmp_path))]
+    env = {**os.environ, "KVANT_CPU_ISA": isa}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")

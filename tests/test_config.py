@@ -68,6 +68,7 @@ def test_units_are_powers_of_1000_or_1024(amount, unit, binary):
 def test_an_engine_is_configured_by_nothing():
     config = EngineConfig()
     assert (config.dtype, config.kv_cache_dtype, config.device) == ("auto", "auto", "auto")
+    assert (config.weights, config.weights_group_size) == ("auto", 32)
     assert config.enable_prefix_caching
     assert config.kv_cache_memory is config.num_kv_blocks is config.swap_space is config.max_model_len is None
     assert config.kv_cache_policy is config.quantization_param_path is None
@@ -162,6 +163,10 @@ def test_files_are_given_as_text_or_path(name):
     ("wrong", "message"),
     [
         ({"dtype": "int8"}, "dtype='int8' is unknown; choose one of auto, .*bfloat16"),
+        ({"weights": "int3"}, "weights='int3' is unknown; choose one of auto, dense, int4, int8"),
+        ({"weights": "int4", "weights_group_size": 16}, "weights_group_size=16 must be one of 32, 64, 128"),
+        ({"weights": "int8", "weights_group_size": 64.0}, "weights_group_size=64.0 must be one of"),
+        ({"weights_group_size": 64}, "weights_group_size=64 is of no use to weights='auto'; choose int4 or int8"),
         ({"device": "cuda"}, "device='cuda': only 'cpu'"),
         ({"max_model_len": 0}, "max_model_len=0 must be at least 1"),
         ({"max_model_len": 10.5}, "max_model_len=10.5 must be"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,13 +20,34 @@ import kvant
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    target = tmp_path_factory.mktemp("wheel")
+NATIVE = "kvant/kernels/cpu/_kernels.so"
+CAN_BUILD = bool(shutil.which("cmake") and shutil.which(os.environ.get("CXX", "c++")))
+
+
+def build(target: Path, **environment: str) -> zipfile.ZipFile:
+    """The wheel that pip builds with these variables; its library unoptimized, which takes seconds and not minutes."""
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", f"--wheel-dir={target}"]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True, capture_output=True)
+    options.append("--config-settings=cmake.build-type=Debug")
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
     (path,) = target.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+def python_files() -> set[str]:
+    """What a wheel holds wherever it is built."""
+    source = ROOT / "src" / "kvant"
+    files = (path for path in source.rglob("*") if path.is_file() and path.suffix in (".py", ".typed", ".txt"))
+    return {f"kvant/{path.relative_to(source)}" for path in files}
+
+
+def content(wheel: zipfile.ZipFile) -> set[str]:
+    return {name for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    return build(tmp_path_factory.mktemp("wheel"), KVANT_NO_NATIVE=str(int(not CAN_BUILD)))
 
 
 def metadata(wheel: zipfile.ZipFile, name: str) -> str:
@@ -32,15 +55,38 @@ def metadata(wheel: zipfile.ZipFile, name: str) -> str:
     return wheel.read(member).decode()
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
-    source = ROOT / "src" / "kvant"
-    expected = {
-        f"kvant/{p.relative_to(source)}"
-        for p in source.rglob("*")
-        if p.is_file() and p.suffix in (".py", ".typed", ".txt")
-    }
-    assert "kvant/py.typed" in expected
-    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
+def test_the_wheel_holds_the_package_and_the_library_and_nothing_else(wheel):
+    assert "kvant/py.typed" in python_files()
+    assert content(wheel) == python_files() | ({NATIVE} if CAN_BUILD else set())
+
+
+@pytest.mark.parametrize("environment", [{"KVANT_NO_NATIVE": "1"}, {"CXX": shutil.which("false")}], ids=str)
+def test_where_nothing_is_built_the_wheel_is_pure(tmp_path, environment):
+    if not CAN_BUILD and "CXX" in environment:
+        pytest.skip("a build that fails needs CMake and a C++ compiler")
+    pure = build(tmp_path, **environment)
+    assert content(pure) == python_files()
+    assert Parser().parsestr(metadata(pure, "WHEEL"))["Tag"] == "py3-none-any"
+
+
+@pytest.mark.skipif(not CAN_BUILD, reason="CMake or a C++ compiler is not here")
+def test_the_library_serves_any_python_on_the_platform(wheel, tmp_path):
+    interpreter, abi, platform = Parser().parsestr(metadata(wheel, "WHEEL"))["Tag"].split("-", 2)
+    assert (interpreter, abi) == ("py3", "none")
+    assert platform != "any"
+    wheel.extractall(tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from kvant.kernels.cpu.library import load_library
+print(load_library().path)
+print(load_library().isas)
+"""
+    bare = [sys.executable, "-I", "-S", "-c", code]  # no site-packages: neither torch nor an editable kvant
+    done = subprocess.run(bare, check=True, capture_output=True, text=True, env={})
+    path, isas = done.stdout.splitlines()
+    assert Path(path) == tmp_path / NATIVE
+    assert "generic" in isas
 
 
 def test_the_wheel_carries_version_license_and_command(wheel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -10,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from kvant.formats.kv import KV_FORMATS, LayerPlan
+from kvant.formats.kv import KV_FORMATS, KVLayer, LayerPlan
+from kvant.formats.kv_codecs import ShapedCodec, hadamard
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import AttentionShape, Ops, SamplingBatch
 from kvant.kernels.select import available_backends
@@ -18,6 +20,7 @@ from tests.formats.oracle import HALF_LIMIT, assert_encodes
 from tests.formats.stats import layer_plan_of
 from tests.kernels import oracle
 from tests.kernels.scenes import Scene, scene, step_kv, step_planes, step_slots
+from tests.kernels.tolerances import IN_AN_ELEMENT, ON_THE_WHOLE, code_bits, rounded_bits
 
 SOME = settings(max_examples=25)
 # Largest error relative to the largest element: a few roundings of the compute type.
@@ -35,12 +38,12 @@ def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def assert_close(found: Tensor, expected, dtype: torch.dtype, scale: float = 1.0) -> None:
+def assert_close(found: Tensor, expected, dtype: torch.dtype, scale: float = 1.0, coarse: float = 0.0) -> None:
     expected = torch.as_tensor(expected)
     assert found.shape == expected.shape
     assert found.dtype == dtype
     error = (found.double() - expected).abs().max()
-    assert error <= TOLERANCE[dtype] * scale * max(float(expected.abs().max()), 1.0)
+    assert error <= (TOLERANCE[dtype] * scale + coarse) * max(float(expected.abs().max()), 1.0)
 
 
 @SOME
@@ -58,6 +61,69 @@ def test_linear(ops, rows, inputs, outputs, dtype, bias, seed):
     found = ops.linear(x, ops.prepare(PackedWeight.dense(weight)), b)
     expected = x.double() @ weight.double().T + (0.0 if b is None else b.double())
     assert_close(found, expected, dtype, scale=2)
+
+
+@st.composite
+def quantized(draw: st.DrawFn) -> PackedWeight:
+    """A weight of few bits with made-up planes, of any group that divides its columns."""
+    bits, columns = draw(st.sampled_from((4, 8))), draw(st.sampled_from((32, 48, 64, 96, 128, 256, 384)))
+    group = draw(st.sampled_from([size for size in (16, 32, 48, 64, 96, 128) if columns % size == 0]))
+    rows, seed = draw(st.sampled_from((1, 5, 8, 13, 36, 70))), draw(SEEDS)
+    q = torch.randint(0, 256, (rows, columns * bits // 8), generator=torch.Generator().manual_seed(seed))
+    scale = random(seed + 1, rows, columns // group).exp() * 2.0**-bits * (1 - 2 * draw(st.booleans()))
+    # Zero points like those of GGUF's blocks: anywhere among the codes.
+    zero = random(seed + 2, rows, columns // group).sigmoid() * 2**bits
+    bias = (-zero * scale).half() if draw(st.booleans()) else None
+    return PackedWeight.quantized(bits, q.to(torch.uint8), scale.half(), bias)
+
+
+def products(x: Tensor, weight: Tensor) -> Tensor:
+    """The sums of |x||w|, [T, N] float64: what errors of rounding are relative to."""
+    return x.double().abs() @ weight.double().abs().T
+
+
+@SOME
+@given(weight=quantized(), rows=st.integers(1, 100), dtype=DTYPES, bias=st.booleans(), seed=SEEDS)
+def test_quantized_linear(ops, weight, rows, dtype, bias, seed):
+    """Inputs may be rounded to 8 bit, 32 columns together."""
+    x, matrix = random(seed, rows, weight.in_features, dtype=dtype), weight.dequantize(torch.float64)
+    b = random(seed + 1, weight.out_features, dtype=dtype) if bias else None
+    found = ops.linear(x, ops.prepare(weight), b)
+    assert (found.shape, found.dtype) == ((rows, weight.out_features), dtype)
+    exact = x.double() @ matrix.T
+    error = found.double() - exact - (0.0 if b is None else b.double())
+    # The norm that the result has where inputs and weights have nothing in common.
+    usual = x.double().norm() * matrix.norm() / weight.in_features**0.5
+    stored = TOLERANCE[dtype] * (exact.norm() + (0.0 if b is None else b.double().norm() * rows**0.5))
+    few = 1 + 5 / found.numel() ** 0.5  # a single element may well be off by more than many are on average
+    assert error.norm() <= 0.01 * few * usual + stored
+
+
+@settings(max_examples=100)
+@given(weight=quantized(), rows=st.integers(1, 100), bias=st.booleans(), seed=SEEDS)
+def test_quantized_linear_is_exact_where_8_bits_hold_the_inputs(ops, weight, rows, bias, seed):
+    """So no scale, zero point or code can be another's."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (rows, weight.in_features), generator=generator)
+    codes[:, ::16] = 127  # so there is one in each group of 32
+    groups = -(-weight.in_features // 32)
+    steps = 2.0 ** torch.randint(-6, 7, (rows, groups), generator=generator)
+    x = codes * steps.repeat_interleave(32, dim=1)[:, : weight.in_features]
+    matrix, b = weight.dequantize(torch.float64), random(seed, weight.out_features) if bias else None
+    error = ops.linear(x, ops.prepare(weight), b).double() - x.double() @ matrix.T - (0.0 if b is None else b.double())
+    assert (error.abs() <= 1e-5 * (products(x, matrix) + 1)).all()
+
+
+@SOME
+@given(weight=quantized(), ids=st.lists(st.integers(0, 69), min_size=1, max_size=20))
+def test_quantized_embedding(ops, weight, ids):
+    ids = torch.tensor(ids) % weight.out_features
+    found, expected = ops.embedding(ids, ops.prepare(weight)), weight.dequantize(torch.float32)[ids]
+    assert found.dtype == torch.float32
+    if "bias" in weight.planes:
+        assert_close(found, expected, torch.float32)
+    else:
+        assert torch.equal(found, expected)
 
 
 @SOME
@@ -132,15 +198,63 @@ def test_attention(ops, name, lengths, kv_heads, ratio, dim, block_size, window,
     it = scene_of(name, kv_heads, dim, block_size, lengths, seed)
     shape = AttentionShape(kv_heads * ratio, kv_heads, dim, 1.3 / dim**0.5, window, softcap)
     q = random(seed + 1, it.tokens, shape.num_heads, dim, dtype=dtype)
-    expected = torch.zeros(q.shape, dtype=torch.float64)
+    before = {name: plane.clone() for name, plane in it.cache.planes.items()}
+    found, coarse = ops.attention(q, it.cache, it.batch, shape), IN_AN_ELEMENT[rounded_bits(ops, it.cache.format)]
+    assert_close(found, attended(it, q, shape), dtype, scale=4, coarse=coarse)
+    assert all(torch.equal(plane, it.cache.planes[name]) for name, plane in before.items()), "attention wrote"
+
+
+def attended(it: Scene, q: Tensor, shape: AttentionShape) -> Tensor:
+    """What the scene's attention gives, [T, H, D] float64."""
+    rows = []
     for sequence, (start, stop) in enumerate(pairwise(it.batch.query_starts)):
         keys, values = it.keys[sequence].double().numpy(), it.values[sequence].double().numpy()
         for token in range(start, stop):
             position = int(it.batch.positions[token])
-            expected[token] = torch.tensor(oracle.attend(q[token].double().numpy(), keys, values, position, shape))
-    before = {name: plane.clone() for name, plane in it.cache.planes.items()}
-    assert_close(ops.attention(q, it.cache, it.batch, shape), expected, dtype, scale=4)
-    assert all(torch.equal(plane, it.cache.planes[name]) for name, plane in before.items()), "attention wrote"
+            rows.append(torch.tensor(oracle.attend(q[token].double().numpy(), keys, values, position, shape)))
+    return torch.stack(rows)
+
+
+# Contexts of one tile and of many, cut where units of work may be cut.
+LONG = [(17, 1), (511, 1), (512, 1), (1023, 2), (700, 20)]
+
+
+@cache
+def long_contexts(name: str, dim: int, window: int | None, held: bool) -> tuple[Scene, Tensor, AttentionShape, Tensor]:
+    """A scene of long contexts, queries, and what they get; with `held`, 8 bits hold the queries."""
+    it = scene_of(name, 2, dim, 32, LONG, seed=1)
+    shape = AttentionShape(4, 2, dim, 0.125, window)
+    q = held_in_8_bits(it.cache, random(2, it.tokens, 4, dim)) if held else random(2, it.tokens, 4, dim)
+    return it, q, shape, attended(it, q, shape)
+
+
+def held_in_8_bits(cache: KVLayer, q: Tensor) -> Tensor:
+    """Queries that are integers of up to 127, times a power of two, where they meet the cache's codes."""
+    codes = (40 * q).round().clamp(-127, 127)
+    codes[..., ::16] = 127  # so there is one in each group of the codes
+    met = codes * 2.0 ** -torch.arange(5.0, 5 + q.shape[1]).unsqueeze(1)
+    codec, balance = cache.format.key, cache.plan.key_stats.balance
+    if not isinstance(codec, ShapedCodec):
+        return met
+    assert balance is not None
+    return hadamard(met) * balance.repeat_interleave(q.shape[1] // len(balance), dim=0)
+
+
+@pytest.mark.parametrize("name", KV_FORMATS)
+@pytest.mark.parametrize(("dim", "window"), [(64, None), (128, 600)])
+def test_attention_is_close_on_the_whole(ops, name, dim, window):
+    it, q, shape, expected = long_contexts(name, dim, window, held=False)
+    error = ops.attention(q, it.cache, it.batch, shape) - expected
+    assert error.norm() <= ON_THE_WHOLE[rounded_bits(ops, it.cache.format)] * expected.norm()
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in KV_FORMATS.items() if code_bits(fmt.key) == 4])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_attention_to_4_bit_keys_is_finer_where_8_bits_hold_the_queries(ops, name, dim):
+    """What else could be wrong has no rounding of queries to hide behind."""
+    it, q, shape, expected = long_contexts(name, dim, None, held=True)
+    error = ops.attention(q, it.cache, it.batch, shape) - expected
+    assert error.norm() <= ON_THE_WHOLE[8] * expected.norm()
 
 
 @pytest.mark.parametrize("name", KV_FORMATS)

@@ -25,6 +25,8 @@ DTYPES = {
     "half": "float16",
 }
 QUANT_POLICIES = {0: "auto", 4: "int4", 8: "int8"}
+WEIGHT_BITS = MappingProxyType({"int4": 4, "int8": 8})
+WEIGHT_GROUP_SIZES = (32, 64, 128)
 SLIDING_WINDOW = "sliding_window"
 MAX_LOGPROBS = 32
 _INT = 2**31 - 1
@@ -118,6 +120,10 @@ class EngineConfig:
     Attributes:
         dtype: compute type: "auto", "float32", "bfloat16" or "float16". "auto" is float32 on a CPU where the
             weights then fit in half of the free memory, else the checkpoint's own 16-bit type.
+        weights: how matrices are kept: "auto" as they are stored (a GGUF's blocks in 4 and 8 bits where the backend
+            computes on such, else expanded), "dense" in the compute type, "int4" or "int8" rounded to nearest when
+            they are loaded, whatever the checkpoint has.
+        weights_group_size: for "int4" and "int8": so many inputs share a scale: 32, 64 or 128.
         kv_cache_dtype: the KV-cache format by name (`kvant models` lists them); "auto" is 16 bit.
         kv_cache_dtype_skip_layers: layers that keep a 16-bit cache whatever kv_cache_dtype says: indices (0, "3", -1
             for the last layer), ranges ("0-3", both ends included) or "sliding_window", every layer whose attention
@@ -143,6 +149,8 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
+    weights: str = "auto"
+    weights_group_size: int = WEIGHT_GROUP_SIZES[0]
     kv_cache_dtype: str = "auto"
     kv_cache_dtype_skip_layers: tuple[int | str, ...] = ()
     kv_cache_policy: str | Path | None = None
@@ -165,6 +173,7 @@ class EngineConfig:
             object.__setattr__(self, "kv_cache_dtype", self._from_quant_policy(quant_policy))
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
+        self._check_weights()
         _require(self.device in ("auto", "cpu"), f"device={self.device!r}: only 'cpu' (or 'auto') is available")
         skipped = _layer_list("kv_cache_dtype_skip_layers", self.kv_cache_dtype_skip_layers)
         object.__setattr__(self, "kv_cache_dtype_skip_layers", skipped)
@@ -182,6 +191,17 @@ class EngineConfig:
         for name in ("kv_cache_memory", "swap_space"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, parse_memory(getattr(self, name), name))
+
+    def _check_weights(self) -> None:
+        known = ("auto", "dense", *WEIGHT_BITS)
+        _require(self.weights in known, f"weights={self.weights!r} is unknown; choose one of {', '.join(known)}")
+        size, sizes = self.weights_group_size, WEIGHT_GROUP_SIZES
+        known_size = _is_integer(size) and size in sizes
+        _require(known_size, f"weights_group_size={size!r} must be one of {', '.join(map(str, sizes))}")
+        _require(
+            self.weights in WEIGHT_BITS or size == sizes[0],
+            f"weights_group_size={size} is of no use to weights={self.weights!r}; choose int4 or int8, or leave it out",
+        )
 
     def _from_quant_policy(self, policy: int) -> str:
         _require(policy in QUANT_POLICIES, f"quant_policy={policy} is unknown; 0 is auto, 4 is int4, 8 is int8")

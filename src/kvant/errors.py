@@ -49,5 +49,9 @@ class EngineDeadError(KvantError):
     """The engine has stopped, by `close()` or by a fault, and takes no more requests."""
 
 
+class NativeLibraryError(KvantError):
+    """The native CPU kernels are not here, or are not those of this version of kvant."""
+
+
 class MissingDependencyError(KvantError):
     """An optional package that this feature needs is not installed."""

@@ -167,14 +167,14 @@ def test_the_models_own_directory_may_take_the_files(kvant, tmp_path):
 
 def test_every_flag_arrives(kvant, asked):
     flags = "--calib a.txt --samples 3 --seqlen 99 --codes fp8 --layout fused --layout vllm --per-tensor --tp-size 2"
-    flags += " --dtype bfloat16 --threads 1 --device cpu"
+    flags += " --dtype bfloat16 --weights int8 --weights-group-size 128 --threads 1 --device cpu"
     result = kvant("calibrate", "some", "--kv", "-o", "out", *flags.split())
     assert result.exit_code == 0, result.output
     del asked["progress"]
     assert asked == {
         "model": "some",
         "directory": Path("out"),
-        "engine": EngineConfig(dtype="bfloat16", num_threads=1, device="cpu"),
+        "engine": EngineConfig(dtype="bfloat16", weights="int8", weights_group_size=128, num_threads=1, device="cpu"),
         "text": Path("a.txt"),
         "samples": 3,
         "seqlen": 99,
@@ -203,7 +203,7 @@ def test_it_tells_what_keys_have_in_common(kvant, asked):
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_calibrate, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(kv_calibrate, "load_configured", lambda *_, **__: pytest.fail("the weights were read"))
 
 
 @pytest.mark.usefixtures("no_weights")

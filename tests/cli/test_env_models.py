@@ -27,7 +27,6 @@ def test_env_tells_what_there_is(kvant):
     assert told["kvant"] == __version__
     assert told["torch"] == torch.__version__
     assert told["threads"] == torch.get_num_threads()
-    assert told["backends"][0] == "reference"
     assert told["cpu_cores"] >= 1
     assert 0 < float(told["memory_free"].split()[0]) <= float(told["memory_total"].split()[0])
     lines = kvant("env").stdout.splitlines()
@@ -39,6 +38,20 @@ def test_env_on_a_machine_without_proc(kvant, monkeypatch, tmp_path):
     told = json.loads(kvant("env", "--json").stdout)
     assert told["cpu"]
     assert told["cpu_features"] == []
+
+
+def test_env_tells_which_kernels_compute(kvant, monkeypatch):
+    told = json.loads(kvant("env", "--json", env={"KVANT_CPU_ISA": ""}).stdout)
+    assert told["cpu_isa"] == told["cpu_isas"][0]
+    assert told["cpu_isas"][-1] == "reference"
+    assert Path(told["native_kernels"]).is_file() == (told["cpu_isa"] != "reference")
+    refused = json.loads(kvant("env", "--json", env={"KVANT_CPU_ISA": "reference"}).stdout)
+    assert refused["cpu_isa"] == "reference"
+    assert all(refused[name] == told[name] for name in ("native_kernels", "cpu_isas"))
+    monkeypatch.setattr("kvant.kernels.cpu.library._MODULE", "kvant.kernels.cpu._never_built")
+    absent = json.loads(kvant("env", "--json", env={"KVANT_CPU_LIBRARY": "", "KVANT_CPU_ISA": "reference"}).stdout)
+    assert "not built. Install a C++ compiler" in absent["native_kernels"]
+    assert (absent["cpu_isa"], absent["cpu_isas"]) == ("reference", ["reference"])
 
 
 def test_models_lists_formats_with_their_bits(kvant, nothing_here):

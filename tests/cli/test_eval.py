@@ -87,12 +87,15 @@ def test_without_flags(kvant, tiny, asked):
 
 def test_every_flag_arrives(kvant, tiny, asked):
     flags = "--kv-cache-dtype k8v4,,int4,k8v4 --dtype bfloat16 --kv-cache-dtype-skip-layers 0,-1"
-    flags += " --quantization-param-path scales.json --threads 1 --device cpu --windows 3 --window-size 99"
+    flags += " --weights int4 --weights-group-size 64 --quantization-param-path scales.json --threads 1 --device cpu"
+    flags += " --windows 3 --window-size 99"
     result = kvant("eval", tiny, *flags.split(), "--text", TEXT)
     assert result.exit_code == 0, result.output
     assert asked["formats"] == ("k8v4", "", "int4")
     assert asked["engine"] == EngineConfig(
         dtype="bfloat16",
+        weights="int4",
+        weights_group_size=64,
         kv_cache_dtype_skip_layers=(0, -1),
         quantization_param_path="scales.json",
         num_threads=1,
@@ -121,6 +124,8 @@ def test_a_policy_is_measured_alone_unless_formats_are_named(kvant, tiny, asked)
         (["--json", "/nowhere/out.json"], "--json /nowhere/out.json"),
         (["--json", "/"], "--json /"),
         (["--dtype", "int3"], "dtype='int3' is unknown"),
+        (["--weights", "int3"], "weights='int3' is unknown"),
+        (["--weights", "int4", "--weights-group-size", "64"], "a weight's 32 inputs cannot be cut into groups of 64"),
     ],
 )
 def test_bad_values_are_one_clean_line(kvant, tiny, flags, complaint):

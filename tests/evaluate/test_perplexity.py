@@ -198,7 +198,7 @@ def test_an_auto_that_is_not_16_bit_everywhere_is_a_row_beside_the_baseline(tiny
     ],
 )
 def test_what_cannot_be_measured_is_told_before_weights_are_read(tiny_path, truman, monkeypatch, changes, complaint):
-    monkeypatch.setattr(perplexity, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(perplexity, "load_configured", lambda *_, **__: pytest.fail("the weights were read"))
     asked = {"formats": ("int8",), "text": truman, "windows": 1, "window_size": 64} | changes
     with pytest.raises(ConfigError, match=complaint):
         compare_kv_formats(tiny_path, **asked)

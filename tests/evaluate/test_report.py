@@ -49,6 +49,7 @@ def test_what_is_not_finite_is_shown_and_told():
 
 def test_the_notes_say_what_was_read():
     assert notes(comparison(INT4))[0] == "smollm2 in float32; 2 x 256 tokens of a.txt"
+    assert notes(comparison(weights="int4"))[0].startswith("smollm2 with int4 weights in float32; ")
 
 
 def test_json_has_every_number_and_what_it_was_measured_on():

@@ -1,4 +1,4 @@
-"""`PackedWeight`: slicing and fusing, shown on a made-up 4-bit format in groups, against the matrix it stands for."""
+"""`PackedWeight`: slicing and fusing, against the matrix that a weight stands for."""
 
 from __future__ import annotations
 
@@ -9,58 +9,70 @@ from hypothesis import given
 from torch import Tensor
 
 from kvant.errors import CorruptModelError
-from kvant.formats.weight import PackedWeight, WeightPlane
+from kvant.formats.weight import PackedWeight, pair
 
-GROUP = 4
+WIDTH = 8  # every group below divides it
 
 
-def packed(outputs: int, inputs: int, seed: int) -> PackedWeight:
-    """Two 4-bit codes a byte and a scale for each group of 4 inputs."""
+def codes_and_weight(
+    bits: int, outputs: int, inputs: int, seed: int, *, group: int = 4, biased: bool = False, size: float = 1.0
+) -> tuple[Tensor, PackedWeight]:
+    """Random codes [N, K] and the weight that has them, its scales about `size`."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 256, (outputs, inputs // 2), generator=generator, dtype=torch.uint8)
-    scales = torch.randn(outputs, inputs // GROUP, generator=generator)
-    return PackedWeight("toy", inputs, {"q": WeightPlane(codes, 2), "scale": WeightPlane(scales, GROUP)})
-
-
-def matrix(weight: PackedWeight) -> Tensor:
-    """What the planes mean: [out_features, in_features]."""
-    if weight.format == "dense":
-        return weight.planes["weight"].data
-    codes = weight.planes["q"].data
-    wide = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).float()
-    return wide * weight.planes["scale"].data.repeat_interleave(GROUP, dim=1)
+    codes = torch.randint(0, 2**bits, (outputs, inputs), generator=generator, dtype=torch.uint8)
+    scale, bias = ((torch.randn(outputs, inputs // group, generator=generator) * size).half() for _ in range(2))
+    return codes, PackedWeight.quantized(bits, pair(codes) if bits == 4 else codes, scale, bias if biased else None)
 
 
 def make(kind: str, outputs: int, inputs: int, seed: int) -> PackedWeight:
-    dense = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
-    return PackedWeight.dense(dense) if kind == "dense" else packed(outputs, inputs, seed)
+    if kind == "dense":
+        return PackedWeight.dense(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)))
+    bits, group, biased = int(kind[3]), int(kind[5]), kind.endswith("+bias")
+    return codes_and_weight(bits, outputs, inputs, seed, group=group, biased=biased)[1]
 
 
-KINDS = st.sampled_from(("dense", "toy"))
-SIZES = st.integers(1, 6)
+def matrix(weight: PackedWeight) -> Tensor:
+    """What the planes mean, element by element."""
+    if weight.format == "dense":
+        return weight.planes["weight"].data
+    q, scale, bias = (weight.planes[name].data if name in weight.planes else None for name in ("q", "scale", "bias"))
+    bits, group = int(weight.format.removeprefix("int")), weight.planes["scale"].span
+    values = torch.empty(q.shape[0], q.shape[1] * 8 // bits)
+    for row in range(values.shape[0]):
+        for column in range(values.shape[1]):
+            code = int(q[row, column]) if bits == 8 else int(q[row, column // 2]) >> 4 * (column % 2) & 15
+            step = float(scale[row, column // group])
+            zero = -(2 ** (bits - 1)) * step if bias is None else float(bias[row, column // group])
+            values[row, column] = code * step + zero
+    return values
+
+
+KINDS = st.sampled_from(("dense", "int4/2", "int4/4+bias", "int4/8", "int8/1", "int8/2+bias", "int8/8"))
+SIZES = st.integers(1, 4)
 
 
 @given(kind=KINDS, outputs=SIZES, groups=SIZES, seed=st.integers(0, 99), data=st.data())
 def test_slices_are_slices_of_the_matrix(kind, outputs, groups, seed, data):
-    weight = make(kind, outputs, groups * GROUP, seed)
+    weight = make(kind, outputs, groups * WIDTH, seed)
     whole = matrix(weight)
     assert (weight.out_features, weight.in_features) == whole.shape
+    assert torch.equal(weight.dequantize(torch.float32), whole)
     start, stop = sorted((data.draw(st.integers(0, groups)), data.draw(st.integers(0, groups))))
-    part = weight.columns(start * GROUP, stop * GROUP)
-    assert part.in_features == (stop - start) * GROUP
-    assert torch.equal(matrix(part), whole[:, start * GROUP : stop * GROUP])
+    part = weight.columns(start * WIDTH, stop * WIDTH)
+    assert part.in_features == (stop - start) * WIDTH
+    assert torch.equal(part.dequantize(torch.float32), whole[:, start * WIDTH : stop * WIDTH])
     first, last = sorted((data.draw(st.integers(0, outputs)), data.draw(st.integers(0, outputs))))
-    assert torch.equal(matrix(weight.rows(slice(first, last))), whole[first:last])
+    assert torch.equal(weight.rows(slice(first, last)).dequantize(torch.float32), whole[first:last])
     order = torch.tensor(data.draw(st.permutations(range(outputs))))
     shuffled = weight.rows(order)
     assert torch.equal(matrix(shuffled), whole[order])
-    assert torch.equal(matrix(shuffled.columns(start * GROUP, stop * GROUP)), matrix(part.rows(order)))
+    assert torch.equal(matrix(shuffled.columns(start * WIDTH, stop * WIDTH)), matrix(part.rows(order)))
     assert torch.equal(matrix(weight), whole), "slicing changed the weight it was taken from"
 
 
 @given(kind=KINDS, outputs=st.lists(SIZES, min_size=1, max_size=4), groups=SIZES, seed=st.integers(0, 99))
 def test_fused_parts_come_apart_again(kind, outputs, groups, seed):
-    parts = [make(kind, n, groups * GROUP, seed + i) for i, n in enumerate(outputs)]
+    parts = [make(kind, n, groups * WIDTH, seed + i) for i, n in enumerate(outputs)]
     fused = PackedWeight.concat(parts)
     assert fused.out_features == sum(outputs)
     assert torch.equal(matrix(fused), torch.cat([matrix(part) for part in parts]))
@@ -73,20 +85,62 @@ def test_fused_parts_come_apart_again(kind, outputs, groups, seed):
         start += part.out_features
 
 
+@given(kinds=st.lists(KINDS, min_size=2, max_size=4), outputs=SIZES, seed=st.integers(0, 99))
+def test_parts_of_different_formats_keep_their_values(kinds, outputs, seed):
+    parts = [make(kind, outputs, 2 * WIDTH, seed + i) for i, kind in enumerate(kinds)]
+    fused = PackedWeight.concat(parts)
+    assert torch.equal(matrix(fused), torch.cat([matrix(part) for part in parts]))
+    if "dense" in kinds:
+        assert fused.format == "dense"
+    else:
+        assert fused.bits == max(part.bits for part in parts)
+        assert fused.group_size == min(part.group_size for part in parts)
+        assert ("bias" in fused.planes) == any("bias" in part.planes for part in parts)
+
+
+def test_a_bias_beyond_float16_makes_fused_parts_dense():
+    huge, biased = codes_and_weight(8, 2, 8, 0, size=1e3)[1], codes_and_weight(8, 2, 8, 1, biased=True)[1]
+    fused = PackedWeight.concat([huge, biased])
+    assert fused.format == "dense"
+    assert torch.equal(matrix(fused), torch.cat([matrix(huge), matrix(biased)]))
+    assert PackedWeight.concat([huge, huge]).format == "int8"
+
+
+def test_beside_a_dense_part_all_take_its_dtype():
+    packed = codes_and_weight(4, 2, 8, 0)[1]
+    fused = PackedWeight.concat([packed, PackedWeight.dense(torch.ones(2, 8, dtype=torch.bfloat16))])
+    assert torch.equal(matrix(fused)[:2], matrix(packed).bfloat16())
+
+
 def test_a_dense_weight_is_its_matrix():
     data = torch.ones(3, 5, dtype=torch.bfloat16)
     weight = PackedWeight.dense(data)
     assert weight.planes["weight"].data is data
-    assert (weight.format, weight.planes["weight"].span) == ("dense", 1)
+    assert weight.dequantize(torch.bfloat16) is data
+    assert torch.equal(weight.dequantize(torch.float32), data.float())
+    assert (weight.format, weight.bits, weight.group_size, weight.nbytes) == ("dense", 16, 1, 30)
+
+
+@pytest.mark.parametrize(("bits", "biased", "nbytes"), [(4, False, 8 + 8), (8, False, 16 + 8), (4, True, 8 + 16)])
+def test_a_quantized_weight_knows_its_size(bits, biased, nbytes):
+    weight = codes_and_weight(bits, 2, 8, 0, biased=biased)[1]
+    assert (weight.format, weight.bits, weight.group_size, weight.nbytes) == (f"int{bits}", bits, 4, nbytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_are_rounded_once(dtype):
+    """From float32, whatever the size: many rows are expanded in more than one piece."""
+    codes, weight = codes_and_weight(4, 600, 512, 0, group=32, biased=True)
+    scale, bias = (weight.planes[name].data.float().repeat_interleave(32, dim=1) for name in ("scale", "bias"))
+    assert torch.equal(weight.dequantize(dtype), (codes * scale + bias).to(dtype))
 
 
 @pytest.mark.parametrize("cut", [(0, 2), (2, 8), (1, 3)])
 def test_a_group_is_never_cut(cut):
     with pytest.raises(ValueError, match=f"columns {cut[0]}:{cut[1]} cut through a group of"):
-        packed(2, 8, 0).columns(*cut)
+        codes_and_weight(4, 2, 8, 0)[1].columns(*cut)
 
 
-def test_only_alike_weights_are_fused():
-    for other in (packed(2, 12, 0), PackedWeight.dense(torch.zeros(2, 8))):
-        with pytest.raises(CorruptModelError, match="differ in format or input width"):
-            PackedWeight.concat([packed(2, 8, 0), other])
+def test_only_weights_of_one_width_are_fused():
+    with pytest.raises(CorruptModelError, match="differ in input width"):
+        PackedWeight.concat([codes_and_weight(4, 2, 8, 0)[1], codes_and_weight(4, 2, 12, 0)[1]])

@@ -12,6 +12,7 @@ from kvant.formats.kv import KV_FORMATS, LayerPlan
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 from kvant.kernels.reference import ReferenceOps
+from kvant.quantize.rtn import rtn
 from tests.formats.stats import layer_plan_of
 from tests.kernels.scenes import Scene, scene
 
@@ -40,6 +41,17 @@ def test_a_row_of_a_product_is_the_same_in_any_company(dtype, inputs, outputs):
     whole = OPS.linear(x, weight, bias)
     for start, stop in ((0, 1), (69, 70), (3, 5), (1, 14), (20, 53), (0, 64)):
         assert torch.equal(OPS.linear(x[start:stop], weight, bias), whole[start:stop]), (start, stop)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_weight_is_the_matrix_of_its_values(dtype, bits):
+    packed = rtn(random(1, 48, 64), bits, 32)
+    values = packed.dequantize(torch.float32)
+    prepared, x, bias = OPS.prepare(packed), random(2, 5, 64, dtype=dtype), random(3, 48, dtype=dtype)
+    dense = OPS.prepare(PackedWeight.dense(values.to(dtype)))
+    assert torch.equal(OPS.linear(x, prepared, bias), OPS.linear(x, dense, bias))
+    assert torch.equal(OPS.embedding(torch.tensor([3, 0, 47]), prepared), values[[3, 0, 47]])
 
 
 def rows_of(batch: AttentionBatch, sequence: int, before: int, start: int, stop: int) -> AttentionBatch:

@@ -20,6 +20,7 @@ from kvant.kernels.reference import ReferenceOps
 from kvant.kernels.select import available_backends
 from tests.formats.stats import layer_plan_of
 from tests.kernels import oracle
+from tests.kernels.tolerances import IN_AN_ELEMENT, rounded_bits
 
 FEWER_SINKS = KVFormat("k8v4-plain", AffineCodec(8), AffineCodec(4), "", sinks=2)
 LAYERS = (KV_FORMATS["int4"], FEWER_SINKS, KV_FORMATS["fp16"], KV_FORMATS["k8v4"])
@@ -108,6 +109,7 @@ def test_what_is_written_is_attended_to(ops, spans, kv_heads, ratio, dim, block_
     shape = AttentionShape(kv_heads * ratio, kv_heads, dim, dim**-0.5, window)
     q = torch.randn(it.step(spans).query_starts[-1], shape.num_heads, dim, generator=torch.Generator().manual_seed(1))
     for cache in it.store.layers:
+        coarse = IN_AN_ELEMENT[rounded_bits(ops, cache.format)]
         if any(start for start, _ in spans):
             it.write(ops, cache, [(0, start) for start, _ in spans])
         it.write(ops, cache, spans)
@@ -117,7 +119,10 @@ def test_what_is_written_is_attended_to(ops, spans, kv_heads, ratio, dim, block_
             for token in range(start, stop):
                 position = spans[text][0] + token - start
                 expected = oracle.attend(q[token].double().numpy(), keys, values, position, shape)
-                assert (found[token].double() - torch.tensor(expected)).abs().max() <= 2e-5 * abs(values).max()
+                error = (found[token].double() - torch.tensor(expected)).abs().max()
+                # Weights in 16 bit miss a value by a part of the largest one.
+                allowed = 1e-4 if coarse else 2e-5
+                assert error <= allowed * abs(values).max() + coarse * max(abs(expected).max(), 1.0)
 
 
 @pytest.mark.parametrize("layer", range(len(LAYERS)))

@@ -24,6 +24,7 @@ from kvant.quantize.kv_constants import layer_plan
 from kvant.quantize.kv_measure import measure_kv
 from kvant.quantize.kv_plan import plan_kv_cache
 from kvant.quantize.kv_statistics import KVStatistics
+from kvant.quantize.load import load_configured
 from kvant.quantize.scales.files import write_scales
 from kvant.quantize.scales.kv_scales import KVScales
 from kvant.quantize.texts import cut_windows
@@ -165,6 +166,13 @@ def test_other_files_are_another_model(tmp_path, plan_of, measured):
     (path / "config.json").write_text((path / "config.json").read_text() + " ")
     os.utime(path / "config.json", ns=(before.st_mtime_ns, before.st_mtime_ns))
     assert (plan(), plan()) == (4, 4)
+
+
+def test_rounded_weights_are_another_model(tmp_path, plan_of, measured):
+    path = write_checkpoint(tmp_path / "model", intermediate_size=64)
+    for weights, count in (("auto", 1), ("dense", 1), ("int8", 2), ("int8", 2), ("int4", 3)):
+        plan_of("int8", load_configured(path, EngineConfig(dtype="float32", weights=weights, num_threads=1)))
+        assert len(measured) == count
 
 
 def test_another_text_or_another_amount_of_it_is_measured_anew(plan_of, measured, monkeypatch):

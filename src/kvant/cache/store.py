@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvant.cache.blocks import Paging
 from kvant.config import EngineConfig
 from kvant.errors import ConfigError, MemoryFitError
-from kvant.formats.kv import KVLayer, KVPlan, KVShape, LayerPlan, resolve_kv_format
+from kvant.formats.kv import KVLayer, KVPlan, KVShape, resolve_kv_format
+from kvant.formats.memory import lazy_zeros
 
 AUTOMATIC_FRACTION = 0.5
 
@@ -75,10 +75,15 @@ class MemoryReport:
 
 
 class KVStore:
-    """The pool. `layers[i].planes[name]` is [num_blocks, num_kv_heads, block_size, *plane.shape]."""
+    """The pool. `layers[i].planes[name]` is [num_blocks, num_kv_heads, block_size, *plane.shape].
 
-    def __init__(self, layers: Sequence[KVLayer], paging: Paging) -> None:
+    A block lies in one piece, all layers' planes one after the other: the memory that is touched is that of the blocks
+    in use, and a block is copied at once. So planes are views of `blocks` [num_blocks, bytes], not contiguous.
+    """
+
+    def __init__(self, layers: Sequence[KVLayer], blocks: Tensor, paging: Paging) -> None:
         self.layers = tuple(layers)
+        self.blocks = blocks
         self.paging = paging
 
     @classmethod
@@ -88,32 +93,34 @@ class KVStore:
         Raises:
             MemoryFitError: the system refuses the memory.
         """
-        slots = (num_blocks, shape.num_kv_heads, block_size)
-
-        def layer(layer_plan: LayerPlan) -> KVLayer:
-            planes = layer_plan.format.planes(shape.head_dim)
-            data = {p.name: _lazy_zeros((*slots, *p.shape), p.dtype) for p in planes}
-            return KVLayer(layer_plan, block_size, plan.lead, data)
-
+        report = MemoryReport(shape, plan, num_blocks, block_size)
         try:
-            return cls([layer(layer_plan) for layer_plan in plan.layers], Paging(block_size, plan.lead))
+            blocks = lazy_zeros((num_blocks, report.block_bytes), torch.uint8)
         except MemoryError as error:
-            size = MemoryReport(shape, plan, num_blocks, block_size).pool_bytes
             raise MemoryFitError(
-                f"the system refused {_mib(size)} for the KV cache; lower kv_cache_memory, or use kv_cache_dtype='int4'"
+                f"the system refused {_mib(report.pool_bytes)} for the KV cache; lower kv_cache_memory, or use "
+                "kv_cache_dtype='int4'"
             ) from error
+        slots, start, layers = (shape.num_kv_heads, block_size), 0, []
+        for layer in plan.layers:
+            planes = {}
+            for plane in layer.format.planes(shape.head_dim):
+                size = plane.bytes * shape.num_kv_heads * block_size
+                piece = blocks[:, start : start + size].view(plane.dtype)
+                planes[plane.name] = piece.unflatten(1, (*slots, *plane.shape))
+                start += size
+            layers.append(KVLayer(layer, block_size, plan.lead, planes))
+        return cls(layers, blocks, report.paging)
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the pool."""
-        return next(iter(self.layers[0].planes.values())).shape[0]
+        return len(self.blocks)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, target) in order."""
         for source, target in copies:
-            for layer in self.layers:
-                for plane in layer.planes.values():
-                    plane[target] = plane[source]
+            self.blocks[target] = self.blocks[source]
 
 
 class SwapSpace:
@@ -124,26 +131,21 @@ class SwapSpace:
     """
 
     def __init__(self, store: KVStore, num_blocks: int) -> None:
-        planes = [plane for layer in store.layers for plane in layer.planes.values()] if num_blocks else []
         try:
-            kept = [_lazy_zeros((num_blocks, *plane.shape[1:]), plane.dtype) for plane in planes]
+            self._kept = lazy_zeros((num_blocks, store.blocks.shape[1]), torch.uint8)
         except MemoryError as error:
             raise MemoryFitError(f"the system refused {num_blocks:,} blocks of swap space; lower swap_space") from error
-        self._planes = list(zip(planes, kept, strict=True))
+        self._blocks = store.blocks
 
     def swap_out(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (source in the store, target here); no target comes twice."""
-        if moves:
-            sources, targets = torch.tensor(moves).unbind(1)
-            for plane, kept in self._planes:
-                kept[targets] = plane[sources].to(kept.device)
+        for source, target in moves:
+            self._kept[target] = self._blocks[source].to(self._kept.device)
 
     def swap_in(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks back, (source here, target in the store); no target comes twice."""
-        if moves:
-            sources, targets = torch.tensor(moves).unbind(1)
-            for plane, kept in self._planes:
-                plane[targets] = kept[sources].to(plane.device)
+        for source, target in moves:
+            self._blocks[target] = self._kept[source].to(self._blocks.device)
 
 
 def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: int, free: int) -> MemoryReport:
@@ -229,12 +231,6 @@ def _check_fit(config: EngineConfig, report: MemoryReport, free: int) -> None:
             f"max_model_len={config.max_model_len} needs {_mib(needed.pool_bytes)} of KV cache, "
             f"{_mib(report.pool_bytes)} hold {report.tokens:,} tokens; {remedy}"
         )
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that the system hands out page by page: torch.zeros would write, and so take, the whole pool at once."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _mib(size: int) -> str:

@@ -52,7 +52,7 @@ _WHAT_IT_IS: Mapping[LayoutName, str] = MappingProxyType(
     }
 )
 
-_FIELDS = ("dtype", "num_threads", "device")
+_FIELDS = ("dtype", "weights", "weights_group_size", "num_threads", "device")
 _FLAGS = tuple(flag for flag in ENGINE_FLAGS if flag.field in _FIELDS)
 
 

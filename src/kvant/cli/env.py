@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kvant import __version__
+from kvant.errors import NativeLibraryError
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -29,7 +30,7 @@ _FEATURES = (
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
-    """Tell what a bug report needs: versions, CPU, memory.
+    """Tell what a bug report needs: versions, CPU, memory, native kernels.
 
     \b
     kvant env
@@ -54,8 +55,7 @@ def collect() -> dict[str, Any]:
         **_cpu(),
         **_memory(),
         "threads": _threads(),
-        "backends": _backends(),
-        "native_kernels": "not part of this version; PyTorch computes everything",
+        **_native_kernels(),
     }
 
 
@@ -91,7 +91,13 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _backends() -> list[str]:
-    from kvant.kernels.select import available_backends
+def _native_kernels() -> dict[str, Any]:
+    from kvant.kernels.cpu.library import REFERENCE, find_library, load_library, open_library
 
-    return list(available_backends())
+    loaded = load_library()
+    try:
+        library = loaded or open_library(find_library())
+    except NativeLibraryError as error:
+        return {"native_kernels": f"none: {error}", "cpu_isa": REFERENCE, "cpu_isas": [REFERENCE]}
+    isa = loaded.isa if loaded else REFERENCE
+    return {"native_kernels": str(library.path), "cpu_isa": isa, "cpu_isas": [*library.isas, REFERENCE]}

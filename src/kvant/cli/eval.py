@@ -25,7 +25,10 @@ TASKS = ("ppl",)
 DEFAULT_FORMATS = "int8,int4"
 _WIDE = 240
 # The engine's settings that change what is measured, or how fast.
-_FIELDS = ("dtype", "kv_cache_dtype_skip_layers", "kv_cache_policy", "quantization_param_path", "num_threads", "device")
+_FIELDS = (
+    *("dtype", "weights", "weights_group_size"),
+    *("kv_cache_dtype_skip_layers", "kv_cache_policy", "quantization_param_path", "num_threads", "device"),
+)
 _FLAGS = tuple(flag for flag in ENGINE_FLAGS if flag.field in _FIELDS)
 
 

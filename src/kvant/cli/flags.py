@@ -87,6 +87,18 @@ def _engine(field: str, kind: Any, help_text: str, flag: str = "") -> Flag:
 ENGINE_FLAGS = (
     _engine("dtype", str, "Number type to compute in: auto, float32, bfloat16 or float16."),
     _engine(
+        "weights",
+        str,
+        "How weights are kept: auto (as they are stored, 4 and 8 bits of a GGUF file included), dense (expanded to "
+        "--dtype), or int4 or int8 (rounded when they are loaded, whatever the checkpoint has). Fewer bits take less "
+        "memory and cost some accuracy.",
+    ),
+    _engine(
+        "weights_group_size",
+        int,
+        "With --weights int4 or int8: how many weights share a scale: 32, 64 or 128. More take less memory.",
+    ),
+    _engine(
         "kv_cache_dtype",
         str,
         "How the KV cache is stored: auto (16 bit), fp32, bf16, fp16, int8, int4, k8v4, int8_plain, int4_plain, "

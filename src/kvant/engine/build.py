@@ -16,10 +16,10 @@ from kvant.engine.core import Core, EngineStats
 from kvant.engine.engine import Engine
 from kvant.engine.inputs import Prompt, encode_prompt
 from kvant.errors import ConfigError, CorruptModelError
-from kvant.kernels.select import select_ops
 from kvant.quantize.kv_plan import check_kv_settings, plan_kv_cache
+from kvant.quantize.load import load_configured
 from kvant.text.tokenizer import Tokenizer
-from kvant.weights.load import generation_defaults, inspect_model, load_model
+from kvant.weights.load import generation_defaults, inspect_model
 from kvant.weights.locate import DEFAULT_MODEL, locate
 from kvant.weights.pull import PULLABLE
 from kvant.weights.source import TensorSource
@@ -98,7 +98,7 @@ def serve_model(model: str | Path | None, config: EngineConfig) -> ServedModel:
     path = locate(model)
     # A wrong name is told before the weights are read.
     check_kv_settings(config, inspect_model(path), torch.float32)
-    loaded = load_model(path, dtype=config.dtype, ops=select_ops(config.device))
+    loaded = load_configured(path, config)
     tokenizer = read_tokenizer(loaded.source)
     core = Core(loaded, config, tokenizer.end_ids, plan_kv_cache(config, loaded, tokenizer))
     logger.info("%s", core.memory.describe())

@@ -78,10 +78,10 @@ def _reshape(logits: Tensor, sequence: Sequence) -> None:
 def _sampling_batch(sequences: List[Sequence]) -> SamplingBatch:
     wishes = [sequence.request.sampling for sequence in sequences]
     return SamplingBatch(
-        temperature=torch.tensor([wish.temperature for wish in wishes]),
+        temperature=torch.tensor([wish.temperature for wish in wishes], dtype=torch.float32),
         top_k=torch.tensor([wish.top_k for wish in wishes]),
-        top_p=torch.tensor([wish.top_p for wish in wishes]),
-        min_p=torch.tensor([wish.min_p for wish in wishes]),
+        top_p=torch.tensor([wish.top_p for wish in wishes], dtype=torch.float32),
+        min_p=torch.tensor([wish.min_p for wish in wishes], dtype=torch.float32),
         uniform=torch.tensor([_uniform(sequence) for sequence in sequences], dtype=torch.float64),
     )
 

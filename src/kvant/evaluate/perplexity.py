@@ -19,14 +19,14 @@ from kvant.errors import NotFiniteError
 from kvant.evaluate.scores import Row, Scores, score, summarize
 from kvant.evaluate.texts import BUNDLED_TEXT, check_windows, read_text
 from kvant.formats.kv import KVFormat, KVPlan, resolve_kv_format
-from kvant.kernels.select import select_ops
 from kvant.models.decoder import Decoder
 from kvant.models.families import model_spec
 from kvant.models.forcing import force, new_store
 from kvant.quantize.kv_plan import check_kv_settings, plan_kv_cache
+from kvant.quantize.load import load_configured
 from kvant.quantize.texts import Window, cut_windows
 from kvant.text.tokenizer import Tokenizer
-from kvant.weights.load import LoadedModel, load_model, open_source
+from kvant.weights.load import LoadedModel, open_source
 from kvant.weights.locate import DEFAULT_MODEL, locate
 from kvant.weights.tokenizer import read_tokenizer
 
@@ -88,7 +88,7 @@ def compare_kv_formats(
     pieces = cut_windows(content, tokenizer, windows, window_size)
     if engine.num_threads is not None:
         torch.set_num_threads(engine.num_threads)
-    loaded = load_model(path, dtype=engine.dtype, ops=select_ops(engine.device))
+    loaded = load_configured(path, engine)
     rows = compare_kv(loaded, _plans(engine, formats, loaded, tokenizer), pieces, progress)
     dtype = str(loaded.dtype).removeprefix("torch.")
     return Comparison(_shown(model or DEFAULT_MODEL), _shown(text or BUNDLED_TEXT), engine, dtype, rows)

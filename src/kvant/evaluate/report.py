@@ -27,9 +27,10 @@ def table(comparison: Comparison) -> Table:
 
 def notes(comparison: Comparison) -> list[str]:
     """What a reader of the table should know: what was measured, and which rows are broken."""
-    row = comparison.rows[0]
+    row, weights = comparison.rows[0], comparison.engine.weights
+    model = comparison.model if weights == "auto" else f"{comparison.model} with {weights} weights"
     lines = [
-        f"{comparison.model} in {comparison.dtype}; {row.windows} x {row.window_size} tokens of {comparison.text}",
+        f"{model} in {comparison.dtype}; {row.windows} x {row.window_size} tokens of {comparison.text}",
         "bits: stored for each key or value element at 4096 tokens, metadata included. change, KL and top-1: against "
         "the first row. ±: one standard error.",
     ]

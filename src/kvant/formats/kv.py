@@ -180,6 +180,20 @@ class KVPlan:
         return self.bytes_per_token(shape) * 8 * (context + self.lead) / elements
 
 
+def check_finite(finite: Tensor) -> None:
+    """Refuse to go on with tokens whose keys or values are not finite; finite [tokens] bool.
+
+    Raises:
+        NotFiniteError: there are some; it names them.
+    """
+    if not finite.all():
+        raise NotFiniteError(
+            "the model's keys or values are not finite: it overflows in this dtype, or its weights are damaged; "
+            "try dtype='float32' or 'bfloat16'",
+            (~finite).nonzero().flatten().tolist(),
+        )
+
+
 @dataclass(frozen=True)
 class KVLayer:
     """One layer's share of the pool, as the kernels see it.
@@ -209,13 +223,7 @@ class KVLayer:
         Raises:
             NotFiniteError: a key or a value is not finite.
         """
-        finite = (k.isfinite() & v.isfinite()).all(-1).all(0)
-        if not finite.all():
-            raise NotFiniteError(
-                "the model's keys or values are not finite: it overflows in this dtype, or its weights are damaged; "
-                "try dtype='float32' or 'bfloat16'",
-                (~finite).nonzero().flatten().tolist(),
-            )
+        check_finite((k.isfinite() & v.isfinite()).all(-1).all(0))
         plan = self.plan
         sink = positions < plan.format.sinks
         for side, codec, x, stats in (

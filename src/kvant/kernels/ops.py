@@ -69,18 +69,24 @@ class SamplingBatch:
 
 
 class Ops(Protocol):
-    """What a backend computes. No op keeps a reference to its inputs; only `rope_write_kv` changes one (the cache)."""
+    """What a backend computes. No op keeps a reference to its inputs; only `rope_write_kv` changes one (the cache).
+
+    Attributes:
+        packed_weights: whether `linear` computes on quantized weights as they are; if not, they gain nothing here, and
+            loading expands them to the compute dtype.
+    """
 
     name: str
+    packed_weights: bool
 
     def prepare(self, weight: PackedWeight) -> Any:
-        """The weight in the backend's own layout, to be handed to `linear` and `embedding`. Called once a weight."""
+        """A weight of any format in the backend's own layout, for `linear` and `embedding`. Called once a weight."""
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """x [T, K] -> x W^T + b, [T, N]. A row's result does not depend on the other rows (see `reference`)."""
 
     def embedding(self, ids: Tensor, weight: Any) -> Tensor:
-        """ids [T] int64 -> rows of the weight, [T, N]."""
+        """ids [T] int64 -> rows of the weight, [T, N], in its dtype; float32 where it is quantized."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32; weight [last] float32."""

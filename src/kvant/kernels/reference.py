@@ -2,8 +2,9 @@
 
 Its results do not depend on the batch: a token's activations and KV codes are the same bits whatever else is in the
 step and however its prompt was cut into chunks. Matrix products are where that could fail, since BLAS picks its kernel
-by shape: row counts are padded to `ROW_TILE`, and sums over the context go tile by tile, so every row is summed in one
-fixed order. A cache of few bits needs this: one flipped code in an early layer changes a text.
+by shape: linear layers multiply `LINEAR_TILE` rows at a time, attention pads its rows to `ROW_TILE`, and sums over the
+context go tile by tile, so every row is summed in one fixed order. A cache of few bits needs this: one flipped code in
+an early layer changes a text.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kvant.formats.kv import KVLayer
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 
+LINEAR_TILE = 32
 ROW_TILE = 4
 CONTEXT_TILE = 128
 QUERY_TILE = 128  # query tokens scored at once: bounds the score matrix
@@ -35,12 +37,14 @@ class ReferenceOps:
     """The ops of `kernels.ops.Ops`, documented there. A backend may subclass it and override what it has."""
 
     name = "reference"
+    packed_weights = False
 
-    def prepare(self, weight: PackedWeight) -> Tensor:
-        return weight.planes["weight"].data
+    def prepare(self, weight: PackedWeight) -> Any:
+        return weight.planes["weight"].data if weight.format == "dense" else weight.dequantize(torch.float32)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        return F.linear(_pad_rows(x, ROW_TILE), weight, bias)[: x.shape[0]]
+        matrix, tiles = weight.to(x.dtype), _pad_rows(x, LINEAR_TILE).split(LINEAR_TILE)
+        return torch.cat([F.linear(tile, matrix, bias) for tile in tiles])[: x.shape[0]]
 
     def embedding(self, ids: Tensor, weight: Any) -> Tensor:
         return F.embedding(ids, weight)
@@ -64,7 +68,7 @@ class ReferenceOps:
         batch: AttentionBatch,
     ) -> Tensor:
         if rotary is not None:
-            q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         cache.write(k.transpose(0, 1), v.transpose(0, 1), batch.slots, batch.positions)
         return q
 
@@ -96,7 +100,7 @@ class ReferenceOps:
         return tokens
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, D] rotated by cos, sin [T, R / 2] in pairs (i, i + R / 2); elements from R on pass through."""
     half = cos.shape[-1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-from kvant.errors import ConfigError
+import os
+from collections.abc import Callable
+from functools import partial
+
+from kvant.errors import ConfigError, NativeLibraryError
+from kvant.kernels.cpu.library import Library, find_library, load_library, open_library
+from kvant.kernels.cpu.native import Native
+from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.ops import Ops
 from kvant.kernels.reference import ReferenceOps
 
 
-def available_backends() -> dict[str, type[Ops]]:
+def available_backends(threads: int = 1) -> dict[str, Callable[[], Ops]]:
     """The backends that can run here, by name. One that is not built or has no device is absent, not an error."""
-    return {ReferenceOps.name: ReferenceOps}
+    found: dict[str, Callable[[], Ops]] = {ReferenceOps.name: ReferenceOps}
+    try:
+        library = open_library(find_library())
+    except NativeLibraryError:
+        return found
+    return found | {isa: partial(_native, library, isa, threads) for isa in library.isas}
 
 
-def select_ops(device: str) -> Ops:
-    """The fastest backend for a device ("auto" or "cpu").
+def select_ops(device: str, threads: int | None = None) -> Ops:
+    """The fastest backend for a device ("auto" or "cpu"), or the one that KVANT_CPU_ISA names.
+
+    Args:
+        device: "auto" or "cpu".
+        threads: how many a native backend uses; None takes one per core.
 
     Raises:
-        ConfigError: no backend runs on that device.
+        ConfigError: no backend runs on that device, or what KVANT_CPU_ISA names does not run here.
     """
     if device not in ("auto", "cpu"):
         raise ConfigError(f"device={device!r}: no backend here runs on it; use 'cpu'")
-    return ReferenceOps()
+    library = load_library()
+    return ReferenceOps() if library is None else _native(library, library.isa, threads or num_cores())
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _native(library: Library, isa: str, threads: int) -> CpuOps:
+    return CpuOps(Native.bind(library.functions, isa, threads))

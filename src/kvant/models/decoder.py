@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
 from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops
-from kvant.models.layers import LayerWeights, Linear, TokenContext, attention, log_n_scale, mlp
+from kvant.models.fused import fuse
+from kvant.models.layers import DecoderWeights, TokenContext, attention, log_n_scale, mlp
 from kvant.models.rope import RotaryEmbedding
 from kvant.models.spec import LayerSpec, ModelSpec
-
-
-@dataclass(frozen=True)
-class DecoderWeights:
-    """All weights of a model, prepared for one backend. `embedding` is what `ops.embedding` takes."""
-
-    embedding: Any
-    layers: tuple[LayerWeights, ...]
-    norm: Tensor
-    head: Linear
 
 
 class Decoder:
@@ -34,6 +23,7 @@ class Decoder:
         self.ops = ops
         self._weights = weights
         self._ropes = {layer.rope: RotaryEmbedding(layer.rope) for layer in spec.layers if layer.rope is not None}
+        self._fused = fuse(spec, weights, ops, [self._shape(layer) for layer in spec.layers])
 
     def with_ops(self, ops: Ops) -> Decoder:
         """The same model bound to other ops that take the same prepared weights."""
@@ -52,6 +42,10 @@ class Decoder:
         ops, spec, eps = self.ops, self.spec, self.spec.rms_eps
         rotary = {rope: embed(batch.positions, rope_lengths) for rope, embed in self._ropes.items()}
         query_scale = None if spec.log_n_length is None else log_n_scale(batch.positions, spec.log_n_length)
+        if self._fused is not None:
+            hidden = self._fused.forward(ids, batch, rotary, query_scale, cache)
+            if hidden is not None:
+                return hidden
         x = ops.embedding(ids, self._weights.embedding) * spec.embedding_scale
         residual = torch.zeros_like(x)
         for layer, weights, kv in zip(spec.layers, self._weights.layers, cache, strict=True):
@@ -66,6 +60,8 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, hidden] -> logits [R, vocab] float32."""
+        if self._fused is not None:
+            return self._fused.logits(hidden)
         logits = self._weights.head(self.ops, hidden).float()
         cap = self.spec.final_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap

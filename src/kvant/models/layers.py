@@ -54,6 +54,16 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class DecoderWeights:
+    """All weights of a model, prepared for one backend. `embedding` is what `ops.embedding` takes."""
+
+    embedding: Any
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: Linear
+
+
+@dataclass(frozen=True)
 class TokenContext:
     """What one layer's attention needs to know of the step's tokens."""
 

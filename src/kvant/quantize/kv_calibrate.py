@@ -14,18 +14,18 @@ from kvant.config import EngineConfig
 from kvant.errors import ConfigError
 from kvant.formats.kv import SINKS
 from kvant.formats.kv_codecs import StaticCodec
-from kvant.kernels.select import select_ops
 from kvant.models.families import model_spec
 from kvant.quantize.kv_constants import static_scale
 from kvant.quantize.kv_known import WINDOW_SIZE, WINDOWS, calibration_text
 from kvant.quantize.kv_measure import Progress, measure_kv
 from kvant.quantize.kv_statistics import STATISTICS_FILE, KVStatistics, LayerStatistics
+from kvant.quantize.load import load_configured
 from kvant.quantize.scales.files import Layout, write_scales
 from kvant.quantize.scales.kv_scales import CODE_DTYPES, Codes, KVScales
 from kvant.quantize.scales.ranks import split
 from kvant.quantize.scales.tensors import SCALES_FILE, scale_tensors
 from kvant.quantize.texts import cut_windows, read_text_file
-from kvant.weights.load import load_model, open_source
+from kvant.weights.load import open_source
 from kvant.weights.locate import locate
 from kvant.weights.tokenizer import read_tokenizer
 
@@ -85,7 +85,8 @@ def calibrate_kv(
         model: as `kvant.pipeline` takes it.
         directory: gets kv_statistics.safetensors, to be named with `EngineConfig.quantization_param_path`, and the
             scales. It is made where it is missing; files of the same names are replaced.
-        engine: in which dtype, on which device and with how many threads the model is run; the rest has no effect.
+        engine: in which dtype, with which weights, on which device and with how many threads the model is run; the rest
+            has no effect.
         text: a UTF-8 file; None takes the text that kvant measures models on by itself.
         samples: how many consecutive pieces of the text are read, from its beginning.
         seqlen: tokens in each of them; None is 512, or the model's longest context.
@@ -111,7 +112,7 @@ def calibrate_kv(
     windows = cut_windows(content, read_tokenizer(source), samples, seqlen)
     if engine.num_threads is not None:
         torch.set_num_threads(engine.num_threads)
-    loaded = load_model(path, dtype=engine.dtype, ops=select_ops(engine.device))
+    loaded = load_configured(path, engine)
     statistics = measure_kv(loaded.decoder, windows, progress)
     scales.write(directory, statistics, _model_type(source.config))
     statistics.save(directory / STATISTICS_FILE)

@@ -48,8 +48,8 @@ def known_statistics(model: LoadedModel, tokenizer: Tokenizer) -> KVStatistics:
 
 
 def _fingerprint(model: LoadedModel, windows: Sequence[Window]) -> str:
-    """Other weights, another tokenizer or text, another dtype or way of measuring have another one."""
+    """Other or otherwise rounded weights, another tokenizer or text, another dtype or way of measuring have another."""
     files = [file for file in sorted(model.source.files()) if file.name not in (SCALES_FILE, STATISTICS_FILE)]
     stamps = [(str(file.resolve()), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
-    facts = (VERSION, RULES, str(model.dtype), windows, stamps)
+    facts = (VERSION, RULES, str(model.dtype), model.rounding, windows, stamps)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from kvant.errors import CorruptModelError, MemoryFitError, UnsupportedModelErro
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import Ops
 from kvant.models.config_keys import token_ids
-from kvant.models.decoder import Decoder, DecoderWeights
+from kvant.models.decoder import Decoder
 from kvant.models.families import Names, family_of, model_spec
-from kvant.models.layers import AttentionWeights, LayerWeights, Linear, MlpWeights
+from kvant.models.layers import AttentionWeights, DecoderWeights, LayerWeights, Linear, MlpWeights
 from kvant.models.spec import ModelSpec
-from kvant.weights.codecs.plain import read_vector, read_weight
+from kvant.weights.codecs.plain import read_vector
+from kvant.weights.matrices import MatrixReader, Rounding
 from kvant.weights.source import TensorSource
 
 # What checkpoints carry for a quantized KV cache: constants of queries, keys and values, no weights.
@@ -33,12 +34,17 @@ _CHECKPOINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "flo
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, and what its checkpoint says about generating with it."""
+    """A model ready to run, and what its checkpoint says about generating with it.
+
+    Attributes:
+        rounding: the name of the rounding that its matrices went through, if any.
+    """
 
     decoder: Decoder
     source: TensorSource
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
+    rounding: str | None
 
     @property
     def spec(self) -> ModelSpec:
@@ -70,30 +76,37 @@ def inspect_model(path: Path) -> ModelSpec:
     return model_spec(open_source(path).config)
 
 
-def load_model(path: Path, *, dtype: str, ops: Ops) -> LoadedModel:
+def load_model(path: Path, *, dtype: str, ops: Ops, weights: str | Rounding = "auto") -> LoadedModel:
     """Read a checkpoint into a decoder.
 
     Args:
         path: a .gguf file or an HF directory.
-        dtype: of weights and activations; "auto" as `EngineConfig.dtype` says.
+        dtype: of activations and dense weights; "auto" as `EngineConfig.dtype` says.
         ops: the backend that the weights are prepared for.
+        weights: "auto" and "dense" as `EngineConfig.weights` says, or how every matrix is rounded as it is read.
+
+    Raises:
+        KvantError: the checkpoint is not whole, not supported or too large, or its matrices cannot be rounded so.
     """
     source = open_source(path)
     spec = model_spec(source.config)
-    compute = _compute_dtype(dtype, spec, source)
-    _check_memory(source, compute)
-    weights = _Loader(source, spec, compute, ops).load()
+    matrices = MatrixReader(source, torch.float32, weights, ops.packed_weights)
+    matrices = replace(matrices, dtype=_compute_dtype(dtype, spec, matrices))
+    _check_memory(matrices)
+    prepared = _Loader(source, spec, matrices, ops).load()
     _check_all_read(source)
     eos = dict.fromkeys(spec.eos_token_ids + token_ids(source.generation, "eos_token_id"))
-    return LoadedModel(Decoder(spec, weights, ops), source, compute, tuple(eos))
+    rounding = weights.name if isinstance(weights, Rounding) else None
+    return LoadedModel(Decoder(spec, prepared, ops), source, matrices.dtype, tuple(eos), rounding)
 
 
-def _check_memory(source: TensorSource, dtype: torch.dtype) -> None:
-    needed, free = source.num_parameters() * dtype.itemsize, available_memory()
+def _check_memory(matrices: MatrixReader) -> None:
+    needed, free = matrices.peak_bytes(), available_memory()
     if needed > free:
+        fewer_bits = "weights='int4'" if matrices.packed else "a 16-bit dtype"
         raise MemoryFitError(
-            f"{source.path}: the weights take {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')}, "
-            f"{free / 2**30:.1f} GiB are free; use a smaller model, a 16-bit dtype, or free some memory"
+            f"{matrices.source.path}: the weights take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; use "
+            f"{fewer_bits}, a smaller model, or free some memory"
         )
 
 
@@ -108,11 +121,11 @@ def _check_all_read(source: TensorSource) -> None:
         )
 
 
-def _compute_dtype(name: str, spec: ModelSpec, source: TensorSource) -> torch.dtype:
+def _compute_dtype(name: str, spec: ModelSpec, in_float32: MatrixReader) -> torch.dtype:
     if name != "auto":
         return _CHECKPOINT_DTYPES[name]
     # PyTorch's float32 products are its fastest on CPUs without 16-bit arithmetic.
-    if 4 * source.num_parameters() <= available_memory() / 2:
+    if in_float32.peak_bytes() <= available_memory() / 2:
         return torch.float32
     stored = _CHECKPOINT_DTYPES.get(spec.dtype, torch.bfloat16)
     return torch.bfloat16 if stored == torch.float32 else stored
@@ -122,7 +135,7 @@ def _compute_dtype(name: str, spec: ModelSpec, source: TensorSource) -> torch.dt
 class _Loader:
     source: TensorSource
     spec: ModelSpec
-    dtype: torch.dtype
+    matrices: MatrixReader
     ops: Ops
 
     @property
@@ -131,11 +144,11 @@ class _Loader:
 
     def load(self) -> DecoderWeights:
         names, spec = self._names, self.spec
-        embedding = self.ops.prepare(self._matrix(names.embedding, spec.vocab_size, spec.hidden_size))
+        embedding = self.ops.prepare(self.matrices.read(names.embedding, (spec.vocab_size, spec.hidden_size)))
         if spec.tied_embeddings:
             head = Linear(embedding)
         else:
-            head = self._linear([self._matrix(names.head, spec.vocab_size, spec.hidden_size)], [])
+            head = self._linear([self.matrices.read(names.head, (spec.vocab_size, spec.hidden_size))], [])
         layers = tuple(self._layer(index) for index in range(len(spec.layers)))
         return DecoderWeights(embedding, layers, self._norm(names.norm, spec.hidden_size), head)
 
@@ -169,17 +182,14 @@ class _Loader:
         gate_up = self._fused([prefix + name for name in names.gate_up], sizes, hidden)
         return MlpWeights(gate_up, self._fused([prefix + names.down], (hidden,), width))
 
-    def _matrix(self, name: str, rows: int, columns: int) -> PackedWeight:
-        return read_weight(self.source, name, (rows, columns), self.dtype)
-
     def _fused(
         self, names: list[str], sizes: tuple[int, ...], columns: int, orders: Mapping[int, Tensor] | None = None
     ) -> Linear:
         """Projections read, their rows put in our order, and fused into one."""
         weights, biases = [], []
         for part, (name, size) in enumerate(zip(names, sizes, strict=True)):
-            weight = self._matrix(name, size, columns)
-            bias = read_vector(self.source, f"{name}.bias", size, self.dtype)
+            weight = self.matrices.read(name, (size, columns))
+            bias = read_vector(self.source, f"{name}.bias", size, self.matrices.dtype)
             order = (orders or {}).get(part)
             weights.append(weight if order is None else weight.rows(order))
             biases.append(bias if bias is None or order is None else bias[order])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvant.errors import CorruptModelError
+from kvant.formats.weight import PackedWeight
 from kvant.models.families import Family, Names
 
 
@@ -41,6 +42,14 @@ class TensorSource(ABC):
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor's values in `dtype`. It may alias the mapped file: treat it as read-only."""
 
+    def packed(self, name: str) -> PackedWeight | None:
+        """A matrix in the bits that the file has it in, scales rounded to float16; None where it cannot be had so."""
+        return None
+
+    def packed_bits(self, name: str) -> float | None:
+        """Bits that an element of such a matrix takes, scales included; None where `packed` has nothing."""
+        return None
+
     @abstractmethod
     def names_of(self, family: Family) -> Names:
         """What this kind of file calls the family's tensors."""
@@ -54,7 +63,7 @@ class TensorSource(ABC):
         return sum(torch.Size(shape).numel() for shape in self.shapes().values())
 
     def unread(self) -> set[str]:
-        """Names of the tensors that nobody asked `checked` for."""
+        """Names of the tensors that nobody asked `checked` or `checked_packed` for."""
         return set(self.shapes()) - self._used
 
     def checked(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -63,10 +72,22 @@ class TensorSource(ABC):
         Raises:
             CorruptModelError: it is missing or has another shape.
         """
+        self._check(name, shape)
+        return self.read(name, dtype)
+
+    def checked_packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
+        """`packed`, for a tensor that must be there in this shape.
+
+        Raises:
+            CorruptModelError: it is missing or has another shape.
+        """
+        self._check(name, shape)
+        return self.packed(name)
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
         self._used.add(name)
         found = self.shapes().get(name)
         if found is None:
             raise CorruptModelError(f"{self.path}: the tensor {name!r} is missing; the download may be incomplete")
         if found != shape:
             raise CorruptModelError(f"{self.path}: tensor {name!r} has shape {found}, the config implies {shape}")
-        return self.read(name, dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvant.errors import CorruptModelError, MissingDependencyError, UnsupportedModelError
+from kvant.formats.weight import PackedWeight
 from kvant.models.families import FAMILIES, Family, Names
 from kvant.weights.source import TensorSource
 
@@ -21,6 +22,7 @@ except ImportError as error:
     raise MissingDependencyError("reading GGUF files needs the gguf package: pip install gguf") from error
 
 from kvant.weights.codecs.ggml import decode_ggml
+from kvant.weights.codecs.ggml_blocks import pack_ggml, packed_bits
 
 _KEYS = {
     "block_count": "num_hidden_layers",
@@ -92,6 +94,13 @@ class GgufSource(TensorSource):
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self._tensors[name]
         return decode_ggml(tensor.data, tensor.tensor_type, self._shapes[name], dtype)
+
+    def packed(self, name: str) -> PackedWeight | None:
+        tensor = self._tensors[name]
+        return pack_ggml(tensor.data, tensor.tensor_type, self._shapes[name])
+
+    def packed_bits(self, name: str) -> float | None:
+        return packed_bits(self._tensors[name].tensor_type)
 
     def names_of(self, family: Family) -> Names:
         return family.gguf_names

@@ -1,0 +1,33 @@
+"""Large arrays straight from the system."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_HUGE_PAGE = 1 << 21
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that the system hands out page by page as they are written, where torch.zeros takes them all at once.
+
+    In huge pages, where the system gives them: reading through much memory then waits less for address translation.
+
+    Raises:
+        MemoryError: the system refuses.
+    """
+    size = max(torch.Size(shape).numel() * dtype.itemsize, 1)
+    huge = hasattr(mmap, "MADV_HUGEPAGE") and size >= _HUGE_PAGE
+    try:
+        memory = mmap.mmap(
+            -1, -(-size // _HUGE_PAGE) * _HUGE_PAGE if huge else size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+    except OSError as error:
+        raise MemoryError(f"the system refused {size:,} bytes") from error
+    if huge:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    data = np.frombuffer(memory, dtype=np.uint8, count=torch.Size(shape).numel() * dtype.itemsize)
+    return torch.from_numpy(data).view(dtype).view(shape)

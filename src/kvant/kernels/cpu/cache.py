@@ -1,0 +1,163 @@
+"""A layer's KV cache as the kernels see it: pointers to its planes and to what its codecs work with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvant.formats.kv import KVLayer
+from kvant.formats.kv_codecs import (
+    AffineCodec,
+    FloatCodec,
+    GroupedCodec,
+    ShapedCodec,
+    StaticCodec,
+    SymmetricCodec,
+    VectorCodec,
+)
+from kvant.formats.kv_stats import CENTRE_TILE, LayerStats, polynomials
+from kvant.kernels.cpu import structs
+from kvant.kernels.cpu.native import floats, pointer
+from kvant.kernels.ops import AttentionBatch, AttentionShape
+
+_MAX_HEAD_DIM = 256
+_FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def kind_of(codec: VectorCodec) -> int | None:
+    """The kernels' number for what a codec stores, or None where they have no loop for it."""
+    match codec:
+        case ShapedCodec(inner=inner):
+            return kind_of(inner)
+        case FloatCodec(dtype=dtype):
+            return _FLOATS.get(dtype)
+        case AffineCodec(bits=bits):
+            return 3 if bits == 8 else 4
+        case GroupedCodec():
+            return 5
+        case SymmetricCodec():
+            return 6
+        case StaticCodec(dtype=torch.int8):
+            return 7
+    return None
+
+
+def is_native(layer: KVLayer, head_dim: int) -> bool:
+    """Whether the kernels read and write this layer's format; their Hadamard matrices have blocks of 8 and more."""
+    fits = head_dim % 8 == 0 and head_dim <= _MAX_HEAD_DIM
+    return fits and None not in (kind_of(layer.format.key), kind_of(layer.format.value))
+
+
+@dataclass(frozen=True, eq=False)
+class NativeCache:
+    """The layers of a KV store, and the memory that the structures point to."""
+
+    structs: object  # an array of structs.KvLayer
+    memory: tuple[Tensor, ...]
+
+
+def bind_cache(layers: Sequence[KVLayer]) -> NativeCache:
+    """The structures of a store's layers, all of them native. They are good as long as the store lives."""
+    memory: list[Tensor] = []
+    turns: dict[bytes, tuple[Tensor, Tensor]] = {}
+    found = [_layer(layer, memory, turns) for layer in layers]
+    return NativeCache((structs.KvLayer * len(found))(*found), tuple(memory))
+
+
+def _layer(layer: KVLayer, memory: list[Tensor], turns: dict[bytes, tuple[Tensor, Tensor]]) -> structs.KvLayer:
+    plan = layer.plan
+    struct = structs.KvLayer(
+        key=_side(layer, "key", plan.format.key, plan.key_stats, memory),
+        value=_side(layer, "value", plan.format.value, plan.value_stats, memory),
+        sinks=plan.format.sinks,
+        block_size=layer.block_size,
+        lead=layer.lead,
+    )
+    centre = plan.key_stats.centre
+    if centre is not None:
+        key = centre.frequencies.numpy().tobytes()
+        tokens = layer.block_size * next(iter(layer.planes.values())).shape[0]
+        cos, sin = turns.setdefault(key, _turns(centre.frequencies, tokens))
+        basis = polynomials(centre.coefficients.shape[1]).T.contiguous()
+        memory += [cos, sin, basis]
+        struct.turning = len(centre.frequencies)
+        struct.turn_cos, struct.turn_sin, struct.basis = pointer(cos), pointer(sin), pointer(basis)
+    return struct
+
+
+def _turns(frequencies: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles of each tile's middle, [tiles, pairs]; see `Centre`."""
+    middles = torch.arange(tokens // CENTRE_TILE + 1) * CENTRE_TILE + (CENTRE_TILE - 1) / 2
+    angles = middles.double().unsqueeze(1) * frequencies.double()
+    return floats(angles.cos()), floats(angles.sin())
+
+
+def _side(layer: KVLayer, side: str, codec: VectorCodec, stats: LayerStats, memory: list[Tensor]) -> structs.Side:
+    kind = kind_of(codec)
+    assert kind is not None, "the caller checks is_native"
+    inner = codec.inner if isinstance(codec, ShapedCodec) else codec
+    codes, *meta = layer.side(side).values()
+
+    def kept(x: Tensor | None) -> int | None:
+        if x is None:
+            return None
+        memory.append(floats(x))
+        return pointer(memory[-1])
+
+    centre = stats.centre if isinstance(codec, ShapedCodec) else None
+    return structs.Side(
+        kind=kind,
+        groups=inner.groups if isinstance(inner, GroupedCodec) else 1,
+        shaped=isinstance(codec, ShapedCodec),
+        order=0 if centre is None else centre.coefficients.shape[1],
+        codes=codes.data_ptr(),
+        meta=meta[0].data_ptr() if meta else None,
+        codes_stride=codes.stride(0) * codes.itemsize,
+        meta_stride=meta[0].stride(0) * meta[0].itemsize if meta else 0,
+        centre=None if centre is None else kept(centre.coefficients),
+        balance=kept(stats.balance) if isinstance(codec, ShapedCodec) else None,
+        feedback=kept(stats.feedback),
+        scale=kept(stats.scale),
+    )
+
+
+def bind_shape(shape: AttentionShape) -> structs.AttentionShape:
+    """The structure of an attention layer's shape."""
+    return structs.AttentionShape(
+        heads=shape.num_heads,
+        kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        window=shape.window or 0,
+        scale=shape.scale,
+        softcap=shape.softcap or 0.0,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class NativeBatch:
+    """A step's tokens, and the memory that the structure points to."""
+
+    struct: structs.Batch
+    memory: tuple[Tensor, ...]
+
+
+def bind_batch(batch: AttentionBatch, ids: Tensor | None = None) -> NativeBatch:
+    """The structure of a step's tokens."""
+    starts, lengths = torch.tensor(batch.query_starts), torch.tensor(batch.context_lens)
+    tables = batch.block_tables.contiguous()
+    memory = (batch.positions.contiguous(), batch.slots.contiguous(), starts, lengths, tables)
+    struct = structs.Batch(
+        tokens=len(batch.positions),
+        sequences=len(lengths),
+        table_width=tables.shape[1],
+        ids=pointer(ids),
+        positions=pointer(memory[0]),
+        slots=pointer(memory[1]),
+        query_starts=pointer(starts),
+        context_lens=pointer(lengths),
+        block_tables=pointer(tables),
+    )
+    return NativeBatch(struct, memory if ids is None else (*memory, ids))

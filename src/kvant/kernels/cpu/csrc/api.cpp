@@ -1,0 +1,164 @@
+// The C functions that Python calls (kvant/kernels/cpu/library.py). None throws: a negative result is an error.
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "decoder.h"
+
+#define KVANT_API extern "C" __attribute__((visibility("default")))
+
+using namespace kvant;
+
+namespace {
+
+constexpr int kAbi = 1;
+
+struct Isa {
+  const char* name;
+  bool supported;
+  const Kernels& (*kernels)();
+};
+
+const Isa kIsas[] = {
+#if defined(KVANT_BUILT_AVX512)
+    {"avx512",
+     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma"),
+     avx512_kernels},
+#endif
+#if defined(KVANT_BUILT_AVX2)
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2_kernels},
+#endif
+#if defined(KVANT_BUILT_NEON)
+    {"neon", true, neon_kernels},
+#endif
+    {"generic", true, generic_kernels},
+};
+
+template <class Body>
+int guarded(Body body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return -1;
+  } catch (...) {
+    return -2;
+  }
+}
+
+// Moves a matrix's elements into the order of a packed weight: out[to(row, column)] = element(row, column).
+template <class T>
+void pack_dense(const T* x, int64_t rows, int64_t columns, T* out) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < columns; ++c)
+      out[(row / kRowBlock * columns + c) * kRowBlock + row % kRowBlock] = x[row * columns + c];
+}
+
+void pack_codes(const uint8_t* x, int bits, int64_t rows, int64_t columns, uint8_t* out) {
+  const int64_t padded = (columns + kGroup - 1) / kGroup * kGroup, stored = columns * bits / 8;
+  for (int64_t row = 0; row < rows; ++row) {
+    uint8_t* block = out + row / kRowBlock * padded * bits;
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t lane = row % kRowBlock * 4 + c % 4;
+      if (bits == 8) {
+        block[c / 4 * 32 + lane] = x[row * stored + c];
+      } else {
+        const int code = x[row * stored + c / 2] >> (c % 2 * 4) & 15;
+        block[c / 8 * 32 + lane] |= static_cast<uint8_t>(code << (c % 8 / 4 * 4));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+KVANT_API int kvant_abi() { return kAbi; }
+
+// The names of the instruction sets that this build has and this CPU runs, best first, separated by commas.
+KVANT_API const char* kvant_isas() {
+  static const std::string names = [] {
+    std::string found;
+    for (const Isa& isa : kIsas)
+      if (isa.supported) found += (found.empty() ? "" : ",") + std::string(isa.name);
+    return found;
+  }();
+  return names.c_str();
+}
+
+// The kernels of an instruction set, to be handed to the functions below; null where it is not to be had.
+KVANT_API const Kernels* kvant_kernels(const char* name) {
+  for (const Isa& isa : kIsas)
+    if (isa.supported && !std::strcmp(isa.name, name)) return &isa.kernels();
+  return nullptr;
+}
+
+// sizeof of the structures that Python mirrors, in the order of types.h: it compares them once.
+KVANT_API void kvant_sizes(int64_t* out) {
+  const int64_t sizes[] = {sizeof(Weight), sizeof(Linear), sizeof(Side),  sizeof(KvLayer), sizeof(Batch),
+                           sizeof(Rotary), sizeof(AttentionShape), sizeof(Sampling), sizeof(Layer), sizeof(Model)};
+  std::memcpy(out, sizes, sizeof sizes);
+}
+
+// Packs rows [first, last) of a matrix (first a multiple of 8) into `out`, zeroed, as types.h lays out its kind.
+KVANT_API void kvant_pack(int32_t kind, const void* x, int64_t rows, int64_t columns, void* out) {
+  switch (kind) {
+    case kWeightF32: return pack_dense(static_cast<const float*>(x), rows, columns, static_cast<float*>(out));
+    case kWeightF16:
+    case kWeightBF16: return pack_dense(static_cast<const uint16_t*>(x), rows, columns, static_cast<uint16_t*>(out));
+    default:
+      return pack_codes(static_cast<const uint8_t*>(x), kind == kWeightU4 ? 4 : 8, rows, columns, static_cast<uint8_t*>(out));
+  }
+}
+
+KVANT_API int kvant_linear(const Kernels* k, int threads, const Linear* linear, const float* x, int64_t tokens, float* out) {
+  return guarded([&] { Step(*k, threads).linear(*linear, x, tokens, out); });
+}
+
+KVANT_API int kvant_embedding(const Kernels* k, int threads, const Weight* weight, const int64_t* ids, int64_t tokens,
+                              float* out) {
+  return guarded([&] { Step(*k, threads).embedding(*weight, ids, tokens, out); });
+}
+
+KVANT_API int kvant_rms_norm(const Kernels* k, int threads, const float* x, const float* weight, float eps, int64_t rows,
+                             int32_t width, float* out) {
+  return guarded([&] { Step(*k, threads).rms_norm(x, weight, eps, rows, width, out); });
+}
+
+KVANT_API int kvant_gated(const Kernels* k, int threads, const float* x, int64_t rows, int32_t width, int32_t activation,
+                          float* out) {
+  return guarded([&] { Step(*k, threads).gated(x, rows, width, activation, out); });
+}
+
+KVANT_API int kvant_write_kv(const Kernels* k, int threads, const KvLayer* cache, const AttentionShape* shape,
+                             const Batch* batch, const float* keys, const float* values, uint8_t* bad) {
+  return guarded([&] {
+    Step(*k, threads).write_kv(*cache, *shape, *batch, keys, values, int64_t{shape->kv_heads} * shape->head_dim, bad);
+  });
+}
+
+KVANT_API int kvant_attention(const Kernels* k, int threads, const KvLayer* cache, const AttentionShape* shape,
+                              const Batch* batch, const float* q, float* out) {
+  return guarded([&] {
+    Step(*k, threads).attention(*cache, *shape, *batch, q, int64_t{shape->heads} * shape->head_dim, out);
+  });
+}
+
+// 1 where keys or values of the tokens marked in `bad` are not finite.
+KVANT_API int kvant_forward(const Kernels* k, int threads, const Model* model, const KvLayer* cache, const Batch* batch,
+                            const Rotary* rotaries, const float* query_scale, float* hidden, uint8_t* bad) {
+  bool finite = true;
+  const int error = guarded(
+      [&] { finite = Step(*k, threads).forward(*model, cache, *batch, rotaries, query_scale, hidden, bad); });
+  return error ? error : !finite;
+}
+
+KVANT_API int kvant_logits(const Kernels* k, int threads, const Model* model, const float* hidden, int64_t rows, float* out) {
+  return guarded([&] { Step(*k, threads).logits(*model, hidden, rows, out); });
+}
+
+KVANT_API int kvant_sample(const Kernels* k, int threads, const float* logits, int64_t rows, int32_t vocab,
+                           const Sampling* how, int64_t* tokens) {
+  return guarded([&] { Step(*k, threads).sample(logits, rows, vocab, *how, tokens); });
+}

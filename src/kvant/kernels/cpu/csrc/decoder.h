@@ -1,0 +1,44 @@
+// The ops on whole steps, and the decoder made of them: the work of `Kernels` spread over the pool.
+#pragma once
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace kvant {
+
+class Step {
+ public:
+  Step(const Kernels& kernels, int threads) : k_(kernels), turn_(threads) {}
+
+  void linear(const Linear& linear, const float* x, int64_t tokens, float* out);
+  void embedding(const Weight& weight, const int64_t* ids, int64_t tokens, float* out);
+  void rms_norm(const float* x, const float* weight, float eps, int64_t rows, int count, float* out);
+  void gated(const float* x, int64_t rows, int width, int32_t activation, float* out);
+  // k, v: [tokens, kv_heads, head_dim], rows `stride` floats apart. Marks tokens that are not finite in `bad`.
+  void write_kv(const KvLayer& cache, const AttentionShape& shape, const Batch& batch, const float* k, const float* v,
+                int64_t stride, uint8_t* bad);
+  void attention(const KvLayer& cache, const AttentionShape& shape, const Batch& batch, const float* q, int64_t stride,
+                 float* out);
+  // Hidden states [tokens, hidden] after the final norm; false where a key or value is not finite, as `bad` tells.
+  bool forward(const Model& model, const KvLayer* cache, const Batch& batch, const Rotary* rotaries,
+               const float* query_scale, float* hidden, uint8_t* bad);
+  void logits(const Model& model, const float* hidden, int64_t rows, float* out);
+  void sample(const float* logits, int64_t rows, int vocab, const Sampling& how, int64_t* tokens);
+
+ private:
+  struct Unit {
+    int sequence, first, last, kv_head, split;
+  };
+  template <class Body>
+  void rows(int64_t count, Body body);
+  Input quantized(const Weight& weight, const float* x, int64_t tokens);
+  void rotate(const Layer& layer, const Model& model, const Batch& batch, const Rotary* rotaries, const float* scale,
+              float* qkv);
+  int64_t sample_row(const float* logits, int count, const Sampling& how, int64_t row, float* weights);
+  int64_t plan(const AttentionShape& shape, const Batch& batch, int splits, Unit* units, bool decodes);
+
+  const Kernels& k_;
+  Turn turn_;
+};
+
+}  // namespace kvant

@@ -1,0 +1,359 @@
+// Matrix products. Quantized weights meet activations quantized to 8 bits, 32 columns a scale: integer dots, no unpacking.
+//
+// An 8-bit weight is two 4-bit ones, 16 * high + low, since only 4-bit products add up in 16 bits without overflow.
+#pragma once
+
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace kvant::KVANT_ISA {
+
+#if defined(__AVX512VL__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr int kTileBlocks = 4;  // 32 registers
+#else
+constexpr int kTileBlocks = 2;  // 16 registers
+#endif
+constexpr int kTileTokens = 6;
+
+inline void quantize_group(const float* x, const QuantizedRow& out, int group) {
+  F8 held[4], top = all(0.0f);
+  for (int i = 0; i < 4; ++i) {
+    held[i] = load<F8>(x + 8 * i);
+    top = larger(top, magnitude(held[i]));
+  }
+  const float step = largest(top) / 127.0f;
+  const F8 inverse = all(step > 0 ? 1.0f / step : 0.0f);
+  int32_t* sums = out.half_sums + 2 * group;
+  for (int half = 0; half < 2; ++half) {
+    const I8 first = to_int(held[2 * half] * inverse), second = to_int(held[2 * half + 1] * inverse);
+    store_bytes(out.codes + group * kGroup + 16 * half, first);
+    store_bytes(out.codes + group * kGroup + 16 * half + 8, second);
+    sums[half] = sum(first + second);
+  }
+  out.scales[group] = step;
+  out.weighted[group] = step * static_cast<float>(sums[0] + sums[1]);
+  out.zeros[group] = 8 * (sums[0] + sums[1]);
+}
+
+void quantize_row(const float* x, int columns, const QuantizedRow& out) {
+  const int whole = columns / kGroup, left = columns % kGroup;
+  for (int g = 0; g < whole; ++g) quantize_group(x + g * kGroup, out, g);
+  if (!left) return;
+  float padded[kGroup] = {};
+  std::memcpy(padded, x + whole * kGroup, sizeof(float) * left);
+  quantize_group(padded, out, whole);
+}
+
+// What a group's dots make of the result: acc += dots * scale * step, less its zero point, or plus its bias.
+template <int Bits, bool Biased, int Parts>
+inline void add_group(F8& acc, I8 total, F8 scale, F8 bias, const QuantizedRow& row, int g, int part) {
+  const F8 step = all(row.scales[g]);
+  if constexpr (Biased) {
+    const F8 sum = Parts == 1 ? all(row.weighted[g]) : step * all(static_cast<float>(row.half_sums[2 * g + part]));
+    acc += to_float(total) * (scale * step);
+    acc += bias * sum;
+  } else {
+    const I8 zero = Parts == 1 ? all(row.zeros[g]) : all(8 * row.half_sums[2 * g + part]);
+    acc += to_float(total - (zero << (Bits - 4))) * (scale * step);
+  }
+}
+
+// The dots of one group of 32 columns (or, with Parts 2, of one half of it): total[m][b] of 8 rows each.
+template <int M, int NB, int Bits, int Parts>
+inline void group_dots(const uint8_t* const* codes, const int8_t* const* x, int part, I8 (&total)[M][NB]) {
+  constexpr int kSteps = Bits / Parts;  // steps of 32 code bytes
+  for (int nibble = 0; nibble < Bits / 4; ++nibble) {
+    Dot dots[M][NB];
+    for (int s = part * kSteps; s < (part + 1) * kSteps; ++s) {
+      if constexpr (Bits == 4) {
+        B32 c[NB];
+        for (int b = 0; b < NB; ++b) c[b] = load<B32>(codes[b] + 32 * s) & 15;
+        for (int m = 0; m < M; ++m) {
+          const B32 a = broadcast4(x[m] + 8 * s);
+          for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
+        }
+        for (int b = 0; b < NB; ++b) c[b] = (load<B32>(codes[b] + 32 * s) >> 4) & 15;
+        for (int m = 0; m < M; ++m) {
+          const B32 a = broadcast4(x[m] + 8 * s + 4);
+          for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
+        }
+      } else {
+        B32 c[NB];
+        for (int b = 0; b < NB; ++b) c[b] = (load<B32>(codes[b] + 32 * s) >> (4 * nibble)) & 15;
+        for (int m = 0; m < M; ++m) {
+          const B32 a = broadcast4(x[m] + 4 * s);
+          for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int b = 0; b < NB; ++b) total[m][b] = nibble ? total[m][b] + (dots[m][b].total() << 4) : dots[m][b].total();
+  }
+}
+
+inline void store_rows(F8 y, const Linear& linear, int row, float* out) {
+  const int left = linear.weight.rows - row;
+  if (left >= kRowBlock) {
+    if (linear.bias) y += load<F8>(linear.bias + row);
+    store(out + row, y);
+  } else {
+    for (int r = 0; r < left; ++r) out[row + r] = y[r] + (linear.bias ? linear.bias[row + r] : 0.0f);
+  }
+}
+
+// M tokens from `token` on times NB row blocks from `block` on.
+template <int M, int NB, int Bits, bool Biased, int Parts>
+void quantized_tile(const Linear& linear, const Input& in, int token, int block, float* out) {
+  const Weight& w = linear.weight;
+  const int groups = in.padded / kGroup, spans = groups * kGroup / w.group;
+  const int shift = Parts == 2 ? -1 : __builtin_ctz(w.group / kGroup);
+  const uint8_t* codes[NB];
+  const uint16_t *scales[NB], *biases[NB];
+  for (int b = 0; b < NB; ++b) {
+    codes[b] = static_cast<const uint8_t*>(w.codes) + static_cast<int64_t>(block + b) * groups * 32 * Bits;
+    scales[b] = w.scales + static_cast<int64_t>(block + b) * spans * kRowBlock;
+    biases[b] = Biased ? w.biases + static_cast<int64_t>(block + b) * spans * kRowBlock : nullptr;
+  }
+  QuantizedRow rows[M];
+  const int8_t* x[M];
+  for (int m = 0; m < M; ++m) {
+    rows[m] = in.row(token + m);
+    x[m] = rows[m].codes;
+  }
+  F8 acc[M][NB] = {};
+  for (int g = 0; g < groups; ++g) {
+    for (int part = 0; part < Parts; ++part) {
+      I8 total[M][NB] = {};
+      group_dots<M, NB, Bits, Parts>(codes, x, part, total);
+      const int span = (Parts == 2 ? 2 * g + part : g >> shift) * kRowBlock;
+      for (int b = 0; b < NB; ++b) {
+        const F8 scale = load_half(scales[b] + span), bias = Biased ? load_half(biases[b] + span) : all(0.0f);
+        for (int m = 0; m < M; ++m) add_group<Bits, Biased, Parts>(acc[m][b], total[m][b], scale, bias, rows[m], g, part);
+      }
+    }
+    for (int b = 0; b < NB; ++b) codes[b] += 32 * Bits;
+    for (int m = 0; m < M; ++m) x[m] += kGroup;
+  }
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < NB; ++b)
+      store_rows(acc[m][b], linear, (block + b) * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
+}
+
+// Row blocks' codes as one nibble a byte, for tokens enough to pay for it: [group][nibble][8 steps of 4 columns][NB][32].
+constexpr int kPanelGroups = 32;  // 4-bit groups of a panel, so that it stays in the nearest cache; half as many of 8 bits
+
+template <int NB, int Planes>
+inline void unpack_panel(const uint8_t* const* codes, int groups, uint8_t* panel) {
+  for (int g = 0; g < groups; ++g, panel += Planes * 8 * NB * 32)
+    for (int b = 0; b < NB; ++b) {
+      const uint8_t* source = codes[b] + g * Planes * 128;
+      for (int s = 0; s < 4 * Planes; ++s) {
+        const B32 c = load<B32>(source + 32 * s);
+        const int low = Planes == 1 ? 2 * s : s, high = Planes == 1 ? 2 * s + 1 : 8 + s;
+        store(panel + (low * NB + b) * 32, c & 15);
+        store(panel + (high * NB + b) * 32, (c >> 4) & 15);
+      }
+    }
+}
+
+// What a panel tile works on: groups [begin, end) of the inputs, added to `out` unless they are the first.
+struct Panel {
+  const uint8_t* codes;
+  int begin, end;
+};
+
+template <int M, int NB, bool Biased, int Planes, int Parts>
+void panel_tile(const Linear& linear, const Input& in, const Panel& panel, int token, int block, float* out) {
+  const Weight& w = linear.weight;
+  const int groups = in.padded / kGroup, spans = groups * kGroup / w.group;
+  const int shift = Parts == 2 ? -1 : __builtin_ctz(w.group / kGroup);
+  QuantizedRow rows[M];
+  for (int m = 0; m < M; ++m) rows[m] = in.row(token + m);
+  const int8_t* x = rows[0].codes + panel.begin * kGroup;
+  const int64_t start = static_cast<int64_t>(block) * spans * kRowBlock;
+  F8 acc[M][NB] = {};
+  const uint8_t* codes = panel.codes;
+  for (int g = panel.begin; g < panel.end; ++g, x += kGroup) {
+    I8 total[Parts][M][NB] = {};
+    for (int plane = 0; plane < Planes; ++plane)
+      for (int part = 0; part < Parts; ++part) {
+        Dot dots[M][NB];
+        for (int s = 0; s < 8 / Parts; ++s, codes += NB * 32) {
+          B32 c[NB];
+          for (int b = 0; b < NB; ++b) c[b] = load<B32>(codes + 32 * b);
+          for (int m = 0; m < M; ++m) {
+            const B32 a = broadcast4(x + m * in.padded + 4 * (s + part * 4));
+            for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
+          }
+        }
+        for (int m = 0; m < M; ++m)
+          for (int b = 0; b < NB; ++b)
+            total[part][m][b] = plane ? total[part][m][b] + (dots[m][b].total() << 4) : dots[m][b].total();
+      }
+    for (int part = 0; part < Parts; ++part) {
+      const int64_t span = start + (Parts == 2 ? 2 * g + part : g >> shift) * kRowBlock;
+      for (int b = 0; b < NB; ++b) {
+        const F8 scale = load_half(w.scales + span + static_cast<int64_t>(b) * spans * kRowBlock);
+        const F8 bias = Biased ? load_half(w.biases + span + static_cast<int64_t>(b) * spans * kRowBlock) : all(0.0f);
+        for (int m = 0; m < M; ++m)
+          add_group<4 * Planes, Biased, Parts>(acc[m][b], total[part][m][b], scale, bias, rows[m], g, part);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < NB; ++b) {
+      const int row = (block + b) * kRowBlock, left = std::min(kRowBlock, w.rows - row);
+      float* y = out + static_cast<int64_t>(token + m) * w.rows + row;
+      const float* base = panel.begin ? y : linear.bias ? linear.bias + row : nullptr;
+      store_some(y, base ? acc[m][b] + load_some(base, left) : acc[m][b], left);
+    }
+}
+
+template <WeightKind Kind>
+inline F8 dense_rows(const void* codes, int64_t index) {
+  if constexpr (Kind == kWeightF32) return load<F8>(static_cast<const float*>(codes) + index);
+  if constexpr (Kind == kWeightF16) return load_half(static_cast<const uint16_t*>(codes) + index);
+  return load_bfloat(static_cast<const uint16_t*>(codes) + index);
+}
+
+template <int M, int NB, WeightKind Kind>
+void dense_tile(const Linear& linear, const Input& in, int token, int block, float* out) {
+  const Weight& w = linear.weight;
+  const float* x[M];
+  for (int m = 0; m < M; ++m) x[m] = in.x + static_cast<int64_t>(token + m) * w.columns;
+  F8 acc[M][NB] = {};
+  for (int64_t k = 0; k < w.columns; ++k) {
+    F8 rows[NB];
+    for (int b = 0; b < NB; ++b) rows[b] = dense_rows<Kind>(w.codes, ((block + b) * int64_t{w.columns} + k) * kRowBlock);
+    for (int m = 0; m < M; ++m)
+      for (int b = 0; b < NB; ++b) acc[m][b] += rows[b] * all(x[m][k]);
+  }
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < NB; ++b)
+      store_rows(acc[m][b], linear, (block + b) * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
+}
+
+using Tile = void (*)(const Linear&, const Input&, int token, int block, float* out);
+
+template <int M, int NB>
+Tile tile_of(const Weight& w) {
+  const bool halves = w.group < kGroup, biased = w.biases != nullptr;
+  switch (w.kind) {
+    case kWeightF32: return dense_tile<M, NB, kWeightF32>;
+    case kWeightF16: return dense_tile<M, NB, kWeightF16>;
+    case kWeightBF16: return dense_tile<M, NB, kWeightBF16>;
+    case kWeightU4:
+      if (halves) return biased ? quantized_tile<M, NB, 4, true, 2> : quantized_tile<M, NB, 4, false, 2>;
+      return biased ? quantized_tile<M, NB, 4, true, 1> : quantized_tile<M, NB, 4, false, 1>;
+    default:
+      if (halves) return biased ? quantized_tile<M, NB, 8, true, 2> : quantized_tile<M, NB, 8, false, 2>;
+      return biased ? quantized_tile<M, NB, 8, true, 1> : quantized_tile<M, NB, 8, false, 1>;
+  }
+}
+
+template <int NB>
+Tile tile_of(const Weight& w, int tokens) {
+  switch (tokens) {
+    case 1: return tile_of<1, NB>(w);
+    case 2: return tile_of<2, NB>(w);
+    case 3: return tile_of<3, NB>(w);
+    case 4: return tile_of<4, NB>(w);
+    case 5: return tile_of<5, NB>(w);
+    default: return tile_of<kTileTokens, NB>(w);
+  }
+}
+
+using PanelTile = void (*)(const Linear&, const Input&, const Panel&, int token, int block, float* out);
+
+template <int NB, bool Biased, int Planes, int Parts>
+PanelTile panel_tile_of(int tokens) {
+  static constexpr PanelTile tiles[] = {
+      panel_tile<1, NB, Biased, Planes, Parts>, panel_tile<2, NB, Biased, Planes, Parts>,
+      panel_tile<3, NB, Biased, Planes, Parts>, panel_tile<4, NB, Biased, Planes, Parts>,
+      panel_tile<5, NB, Biased, Planes, Parts>, panel_tile<6, NB, Biased, Planes, Parts>};
+  return tiles[tokens - 1];
+}
+
+template <int NB>
+PanelTile panel_tile_of(const Weight& w, int tokens) {
+  const bool halves = w.group < kGroup, biased = w.biases != nullptr;
+  if (w.kind == kWeightU4) {
+    if (halves) return biased ? panel_tile_of<NB, true, 1, 2>(tokens) : panel_tile_of<NB, false, 1, 2>(tokens);
+    return biased ? panel_tile_of<NB, true, 1, 1>(tokens) : panel_tile_of<NB, false, 1, 1>(tokens);
+  }
+  if (halves) return biased ? panel_tile_of<NB, true, 2, 2>(tokens) : panel_tile_of<NB, false, 2, 2>(tokens);
+  return biased ? panel_tile_of<NB, true, 2, 1>(tokens) : panel_tile_of<NB, false, 2, 1>(tokens);
+}
+
+// The tokens [first, last) times NB row blocks, by panels.
+template <int NB>
+void by_panels(const Linear& linear, const Input& in, int first, int last, int block, float* out) {
+  const Weight& w = linear.weight;
+  const int planes = w.kind == kWeightU4 ? 1 : 2, groups = in.padded / kGroup, most = kPanelGroups / planes;
+  const int tokens = last - first, tiles = (tokens + kTileTokens - 1) / kTileTokens;
+  alignas(32) uint8_t panel[kPanelGroups * 8 * NB * 32];
+  for (int begin = 0; begin < groups; begin += most) {
+    const int end = std::min(groups, begin + most);
+    const uint8_t* codes[NB];
+    for (int b = 0; b < NB; ++b)
+      codes[b] = static_cast<const uint8_t*>(w.codes) + (static_cast<int64_t>(block + b) * groups + begin) * planes * 128;
+    planes == 1 ? unpack_panel<NB, 1>(codes, end - begin, panel) : unpack_panel<NB, 2>(codes, end - begin, panel);
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int from = first + tokens * tile / tiles, to = first + tokens * (tile + 1) / tiles;
+      panel_tile_of<NB>(w, to - from)(linear, in, {panel, begin, end}, from, block, out);
+    }
+  }
+}
+
+// The tokens [first, last) times the row blocks [begin, end); out [all tokens, rows].
+void linear_part(const Linear& linear, const Input& in, int first, int last, int begin, int end, float* out) {
+  // Tiles of equal heights: 8 tokens are 4 + 4, not 6 + 2.
+  const int tokens = last - first, tiles = (tokens + kTileTokens - 1) / kTileTokens;
+  const bool alone = tokens == 1, panels = tokens > kTileTokens && linear.weight.kind >= kWeightU4;
+  for (int block = begin; block < end;) {
+    if (panels) {
+      const bool fits = end - block >= kTileBlocks;
+      fits ? by_panels<kTileBlocks>(linear, in, first, last, block, out) : by_panels<1>(linear, in, first, last, block, out);
+      block += fits ? kTileBlocks : 1;
+      continue;
+    }
+    const int width = alone ? 4 : kTileBlocks, wide = end - block >= width;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int from = first + tokens * tile / tiles, to = first + tokens * (tile + 1) / tiles;
+      const Tile run = !wide ? tile_of<1>(linear.weight, to - from)
+                       : alone ? tile_of<1, 4>(linear.weight)
+                               : tile_of<kTileBlocks>(linear.weight, to - from);
+      run(linear, in, from, block, out);
+    }
+    block += wide ? width : 1;
+  }
+}
+
+// One row's values, as `linear_part` multiplies them.
+void weight_row(const Weight& w, int row, float* out) {
+  const int64_t block = row / kRowBlock, lane = row % kRowBlock;
+  if (w.kind <= kWeightBF16) {
+    const int64_t start = block * w.columns * kRowBlock + lane;
+    for (int c = 0; c < w.columns; ++c) {
+      const int64_t at = start + int64_t{c} * kRowBlock;
+      if (w.kind == kWeightF32) out[c] = static_cast<const float*>(w.codes)[at];
+      else if (w.kind == kWeightF16) out[c] = from_half(static_cast<const uint16_t*>(w.codes)[at]);
+      else out[c] = from_bfloat(static_cast<const uint16_t*>(w.codes)[at]);
+    }
+    return;
+  }
+  const int bits = w.kind == kWeightU4 ? 4 : 8, padded = (w.columns + kGroup - 1) / kGroup * kGroup;
+  const int64_t spans = padded / w.group;
+  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + block * padded * bits;
+  for (int c = 0; c < w.columns; ++c) {
+    const int step = c / (32 / bits);
+    const uint8_t byte = codes[int64_t{step} * 32 + lane * 4 + c % 4];
+    const int code = bits == 8 ? byte : c % 8 < 4 ? byte & 15 : byte >> 4;
+    const int64_t at = (block * spans + c / w.group) * kRowBlock + lane;
+    const float scale = from_half(w.scales[at]);
+    out[c] = w.biases ? code * scale + from_half(w.biases[at]) : (code - (1 << (bits - 1))) * scale;
+  }
+}
+
+}  // namespace kvant::KVANT_ISA

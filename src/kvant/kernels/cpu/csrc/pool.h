@@ -1,0 +1,115 @@
+// The process's one pool of threads, and the memory that a call works in.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace kvant {
+
+// Memory for one call, given out in order and taken back all at once.
+class Arena {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(bytes(count * static_cast<int64_t>(sizeof(T))));
+  }
+  // What was taken after `mark` is given back by `rewind`.
+  struct Mark {
+    size_t slab;
+    int64_t used;
+  };
+  Mark mark() const { return {slab_, used_}; }
+  void rewind(Mark mark) { slab_ = mark.slab, used_ = mark.used; }
+  void reset();
+  ~Arena();
+
+ private:
+  void* bytes(int64_t size);
+  struct Slab {
+    char* data;
+    int64_t size;
+  };
+  std::vector<Slab> slabs_;
+  size_t slab_ = 0;
+  int64_t used_ = 0;
+};
+
+// Threads that spin for a short while after work, then sleep. Work is handed out unit by unit, so a thread that the
+// system holds up holds up one unit at most; one that it has not even woken is not waited for.
+class Pool {
+ public:
+  ~Pool();
+  // Starts workers so that `threads` in all, the caller's included, can work.
+  void grow(int threads);
+
+  // body(unit) for every unit in [0, units), on at most `threads` threads; returns when all are done.
+  template <class Body>
+  void run(int threads, int64_t units, Body&& body) {
+    if (threads < 2 || units < 2) {
+      for (int64_t unit = 0; unit < units; ++unit) body(unit);
+      return;
+    }
+    using Plain = std::remove_reference_t<Body>;
+    start(threads, units, [](void* context, int64_t unit) { (*static_cast<Plain*>(context))(unit); }, &body);
+  }
+
+ private:
+  using Function = void (*)(void*, int64_t);
+  void start(int threads, int64_t units, Function function, void* context);
+  void work_on();
+  void loop(int index);
+  bool enter(int index, uint64_t* done);
+  bool wait_for_job(uint64_t done);
+
+  // The gate: job number << 32 | open << 31 | threads inside.
+  std::atomic<uint64_t> gate_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  Function function_ = nullptr;
+  void* context_ = nullptr;
+  int64_t units_ = 0;
+  std::atomic<int> limit_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+};
+
+// While it lives, the thread's results too small for full precision become 0: computing with them is slow, and nothing
+// here needs them. Such inputs keep their value.
+class FlushTiny {
+ public:
+  FlushTiny();
+  ~FlushTiny();
+  FlushTiny(const FlushTiny&) = delete;
+  FlushTiny& operator=(const FlushTiny&) = delete;
+
+ private:
+  unsigned state_;
+};
+
+// One call's turn: engines that share the process take turns at the pool instead of crowding the cores.
+class Turn {
+ public:
+  explicit Turn(int threads);
+  template <class Body>
+  void run(int64_t units, Body&& body) {
+    pool_.run(threads_, units, body);
+  }
+  int threads() const { return threads_; }
+  Arena& arena() { return arena_; }
+
+ private:
+  FlushTiny flush_;
+  std::unique_lock<std::mutex> lock_;
+  int threads_;
+  Pool& pool_;
+  Arena& arena_;
+};
+
+}  // namespace kvant

@@ -1,0 +1,228 @@
+// Vectors of eight lanes. The compiler's vector types make them portable; what these cannot say is written per ISA.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+namespace kvant::KVANT_ISA {
+
+typedef float F8 __attribute__((vector_size(32)));
+typedef int32_t I8 __attribute__((vector_size(32)));
+typedef uint32_t U8 __attribute__((vector_size(32)));
+typedef int16_t S16 __attribute__((vector_size(32)));
+typedef uint16_t H8 __attribute__((vector_size(16)));
+typedef uint8_t B32 __attribute__((vector_size(32)));
+typedef uint8_t B16 __attribute__((vector_size(16)));
+typedef uint8_t B8 __attribute__((vector_size(8)));
+
+template <class V, class P>
+inline V load(const P* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V, class P>
+inline void store(P* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+template <class To, class From>
+inline To as(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  return load<To>(&v);
+}
+
+inline F8 all(float x) { return F8{x, x, x, x, x, x, x, x}; }
+inline I8 all(int32_t x) { return I8{x, x, x, x, x, x, x, x}; }
+inline F8 to_float(I8 x) { return __builtin_convertvector(x, F8); }
+#if defined(__AVX2__)
+inline F8 larger(F8 a, F8 b) { return (F8)_mm256_max_ps((__m256)a, (__m256)b); }
+inline F8 smaller(F8 a, F8 b) { return (F8)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+inline F8 larger(F8 a, F8 b) { return a > b ? a : b; }
+inline F8 smaller(F8 a, F8 b) { return a < b ? a : b; }
+#endif
+inline F8 magnitude(F8 x) { return as<F8>(as<I8>(x) & all(0x7fffffff)); }
+
+// To the nearest integer, ties to even, |x| < 2^22.
+inline F8 nearest(F8 x) { return x + all(12582912.0f) - all(12582912.0f); }
+inline I8 to_int(F8 x) { return as<I8>(x + all(12582912.0f)) - all(0x4b400000); }
+
+inline float sum(F8 x) {
+#if defined(__AVX2__)
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+#else
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+#endif
+}
+
+// The four vectors' sums, in the order given.
+inline void sums4(const F8 (&x)[4], float* out) {
+#if defined(__AVX2__)
+  const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps((__m256)x[0], (__m256)x[1]), _mm256_hadd_ps((__m256)x[2], (__m256)x[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = sum(x[i]);
+#endif
+}
+
+inline float largest(F8 x) {
+  x = larger(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = larger(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+  return larger(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6))[0];
+}
+
+inline F8 load_half(const uint16_t* p) {
+#if defined(__AVX2__)
+  return (F8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  typedef _Float16 Half8 __attribute__((vector_size(16)));
+  return __builtin_convertvector(load<Half8>(p), F8);
+#endif
+}
+
+// Finite halves that lie in the low 16 bits of each lane.
+inline F8 widen_halves(U8 bits) {
+  const F8 size = as<F8>((bits & 0x7fff) << 13) * all(0x1p112f);
+  return as<F8>(as<U8>(size) | (bits & 0x8000) << 16);
+}
+
+inline F8 load_bfloat(const uint16_t* p) { return as<F8>(__builtin_convertvector(load<H8>(p), U8) << 16); }
+
+inline float from_half(uint16_t bits) {
+#if defined(__AVX2__)
+  return _cvtsh_ss(bits);
+#else
+  _Float16 half;
+  std::memcpy(&half, &bits, sizeof half);
+  return half;
+#endif
+}
+
+inline uint16_t to_half(float x) {
+#if defined(__AVX2__)
+  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  _Float16 half = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof bits);
+  return bits;
+#endif
+}
+
+inline float from_bfloat(uint16_t bits) {
+  uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  return load<float>(&wide);
+}
+
+inline uint16_t to_bfloat(float x) {
+  uint32_t bits = load<uint32_t>(&x);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// exp(x) to 2 units in the last place; 0 below -86, and no more than exp(88). No step of it is subnormal: that is slow.
+inline F8 exponential(F8 x) {
+  F8 held = smaller(larger(x, all(-86.0f)), all(88.0f));
+  F8 n = nearest(held * all(1.44269504f));
+  F8 r = held - n * all(0.693359375f) - n * all(-2.12194440e-4f);
+  F8 p = all(1.9875691500e-4f);
+  p = p * r + all(1.3981999507e-3f);
+  p = p * r + all(8.3334519073e-3f);
+  p = p * r + all(4.1665795894e-2f);
+  p = p * r + all(1.6666665459e-1f);
+  p = p * r + all(5.0000001201e-1f);
+  p = p * r * r + r + all(1.0f);
+  F8 power = as<F8>((__builtin_convertvector(n, I8) + all(127)) << 23);
+  return x < all(-86.0f) ? all(0.0f) : p * power;
+}
+
+inline F8 hyperbolic_tangent(F8 x) {
+  F8 e = exponential(smaller(magnitude(x), all(20.0f)) * all(-2.0f));
+  F8 t = (all(1.0f) - e) / (all(1.0f) + e);
+  return x < all(0.0f) ? -t : t;
+}
+
+// Eight 4-bit codes from the low halves of four bytes and their high halves, in the order of `_paired`: element 2i in the
+// low nibble of byte i.
+inline I8 nibbles(const uint8_t* p) {
+  const I8 bytes = all(load<int32_t>(p));
+  return as<I8>(as<U8>(bytes) >> U8{0, 4, 8, 12, 16, 20, 24, 28}) & all(15);
+}
+
+// Rounded values, each within int8, as eight bytes.
+inline void store_bytes(int8_t* p, I8 x) {
+#if defined(__AVX2__)
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+#else
+  typedef int8_t Narrow __attribute__((vector_size(8)));
+  store(p, __builtin_convertvector(x, Narrow));
+#endif
+}
+
+inline int32_t sum(I8 x) {
+#if defined(__AVX2__)
+  __m128i h = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+#else
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+#endif
+}
+
+// Four bytes of `p` in each of the eight lanes.
+inline B32 broadcast4(const int8_t* p) {
+#if defined(__AVX2__)
+  return (B32)_mm256_set1_epi32(load<int32_t>(p));
+#else
+  return as<B32>(all(load<int32_t>(p)));
+#endif
+}
+
+// Sums over each lane's four bytes of u * s, u unsigned and at most 15, s signed: up to 8 `add`s, then `total`.
+struct Dot {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  __m256i sum = _mm256_setzero_si256();
+  inline void add(B32 u, B32 s) { sum = _mm256_dpbusd_epi32(sum, (__m256i)u, (__m256i)s); }
+  inline I8 total() const { return (I8)sum; }
+#elif defined(__AVX2__)
+  __m256i sum = _mm256_setzero_si256();  // int16: 8 * 2 * 15 * 128 fits
+  inline void add(B32 u, B32 s) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)u, (__m256i)s));
+    asm volatile("" : "+x"(sum));  // keeps gcc from collecting the products first, which spills
+  }
+  inline I8 total() const { return (I8)_mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+  int32x4_t low = vdupq_n_s32(0), high = vdupq_n_s32(0);
+  inline void add(B32 u, B32 s) {
+    const int8_t *a = reinterpret_cast<const int8_t*>(&u), *b = reinterpret_cast<const int8_t*>(&s);
+    low = vdotq_s32(low, vld1q_s8(a), vld1q_s8(b));
+    high = vdotq_s32(high, vld1q_s8(a + 16), vld1q_s8(b + 16));
+  }
+  inline I8 total() const {
+    I8 out;
+    std::memcpy(&out, &low, 16);
+    std::memcpy(reinterpret_cast<char*>(&out) + 16, &high, 16);
+    return out;
+  }
+#else
+  I8 sum = all(0);
+  inline void add(B32 u, B32 s) {
+    I8 first = as<I8>(u), second = as<I8>(s);
+    for (int shift = 24; shift >= 0; shift -= 8) sum += ((first << shift) >> 24) * ((second << shift) >> 24);
+  }
+  inline I8 total() const { return sum; }
+#endif
+};
+
+}  // namespace kvant::KVANT_ISA

@@ -1,0 +1,132 @@
+// Norms, rotations and activations of single rows.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace kvant::KVANT_ISA {
+
+// Runs `body(offset, vector)` over `count` floats of x, the last vector padded with zeros, and stores what it returns.
+template <class Body>
+inline void map_row(const float* x, int count, float* y, Body body) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8) store(y + i, body(i, load<F8>(x + i)));
+  if (i < count) {
+    float held[8] = {};
+    std::memcpy(held, x + i, sizeof(float) * (count - i));
+    F8 out = body(i, load<F8>(held));
+    std::memcpy(y + i, &out, sizeof(float) * (count - i));
+  }
+}
+
+inline void store_some(float* x, F8 v, int count) {
+  if (count >= 8) store(x, v);
+  else std::memcpy(x, &v, sizeof(float) * count);
+}
+
+inline F8 load_some(const float* x, int count) {
+  if (count >= 8) return load<F8>(x);
+  float held[8] = {};
+  std::memcpy(held, x, sizeof(float) * count);
+  return load<F8>(held);
+}
+
+void rms_norm_row(const float* x, const float* weight, float eps, int count, float* y) {
+  F8 squares = all(0.0f);
+  for (int i = 0; i < count; i += 8) {
+    const F8 v = load_some(x + i, count - i);
+    squares += v * v;
+  }
+  const F8 factor = all(1.0f / std::sqrt(sum(squares) / static_cast<float>(count) + eps));
+  map_row(x, count, y, [&](int i, F8 v) { return v * factor * load_some(weight + i, count - i); });
+}
+
+void add_row(const float* x, int count, float* total) {
+  map_row(x, count, total, [&](int i, F8 v) { return v + load_some(total + i, count - i); });
+}
+
+inline void multiply_row(float* x, const float* factors, int count) {
+  for (int i = 0; i < count; i += 8) store_some(x + i, load_some(x + i, count - i) * load_some(factors + i, count - i), count - i);
+}
+
+void rope_row(float* x, const float* cos, const float* sin, int pairs) {
+  for (int i = 0; i < pairs; i += 8) {
+    const int left = pairs - i;
+    const F8 a = load_some(x + i, left), b = load_some(x + pairs + i, left);
+    const F8 c = load_some(cos + i, left), s = load_some(sin + i, left);
+    store_some(x + i, a * c - b * s, left);
+    store_some(x + pairs + i, b * c + a * s, left);
+  }
+}
+
+inline F8 activate(F8 x, int32_t activation) {
+  if (activation == kSilu) return x / (all(1.0f) + exponential(-x));
+  if (activation == kGeluTanh) {
+    const F8 inner = all(0.7978845608f) * (x + all(0.044715f) * x * x * x);
+    return all(0.5f) * x * (all(1.0f) + hyperbolic_tangent(inner));
+  }
+  F8 y;
+  for (int i = 0; i < 8; ++i) y[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
+  return y;
+}
+
+void gated_row(const float* x, int width, int32_t activation, float* y) {
+  map_row(x, width, y, [&](int i, F8 gate) { return activate(gate, activation) * load_some(x + width + i, width - i); });
+}
+
+void softcap_row(float* x, int count, float cap) {
+  map_row(x, count, x, [&](int, F8 v) { return hyperbolic_tangent(v / all(cap)) * all(cap); });
+}
+
+void scale_row(float* x, int count, float factor) {
+  map_row(x, count, x, [&](int, F8 v) { return v * all(factor); });
+}
+
+// Where a row's first maximum is.
+int argmax_row(const float* x, int count) {
+  F8 tops = all(-INFINITY);
+  for (int i = 0; i + 8 <= count; i += 8) tops = larger(tops, load<F8>(x + i));
+  float top = largest(tops);
+  for (int i = count & ~7; i < count; ++i) top = x[i] > top ? x[i] : top;
+  int first = 0;
+  while (first < count - 1 && !(x[first] == top)) ++first;
+  return first;
+}
+
+// out = exp((x - top) * factor), and its sum.
+double exponentials_row(const float* x, int count, float top, float factor, float* out) {
+  double total = 0;
+  for (int i = 0; i < count; i += 8) {
+    const int left = count - i;
+    const F8 weight = exponential((load_some(x + i, left) - all(top)) * all(factor));
+    store_some(out + i, weight, left);
+    for (int j = 0; j < (left < 8 ? left : 8); ++j) total += weight[j];
+  }
+  return total;
+}
+
+// The largest power of two that divides a head's size: its Hadamard matrix consists of blocks of that size.
+inline int hadamard_block(int size) { return size & -size; }
+
+// x times its Hadamard matrix, in place; blocks of 8 and more.
+inline void hadamard(float* x, int size) {
+  const F8 one = {1, -1, 1, -1, 1, -1, 1, -1}, two = {1, 1, -1, -1, 1, 1, -1, -1}, four = {1, 1, 1, 1, -1, -1, -1, -1};
+  const int block = hadamard_block(size);
+  const F8 norm = all(1.0f / std::sqrt(static_cast<float>(block)));
+  for (int i = 0; i < size; i += 8) {
+    F8 v = load<F8>(x + i) * norm;
+    v = v * one + __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+    v = v * two + __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    v = v * four + __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    store(x + i, v);
+  }
+  for (int half = 8; half < block; half *= 2)
+    for (int start = 0; start < size; start += 2 * half)
+      for (int i = start; i < start + half; i += 8) {
+        const F8 a = load<F8>(x + i), b = load<F8>(x + half + i);
+        store(x + i, a + b);
+        store(x + half + i, a - b);
+      }
+}
+
+}  // namespace kvant::KVANT_ISA

@@ -1,0 +1,142 @@
+"""The decoder's step as one call into native kernels, for models and caches that these know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_void_p, cast
+
+import torch
+from torch import Tensor
+
+from kvant.formats.kv import KVLayer, check_finite
+from kvant.kernels.cpu import structs
+from kvant.kernels.cpu.cache import NativeCache, bind_batch, bind_cache, bind_shape, is_native
+from kvant.kernels.cpu.native import Native, floats, pointer
+from kvant.kernels.cpu.ops import CpuOps
+from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops
+from kvant.models.layers import DecoderWeights, LayerWeights, Linear
+from kvant.models.spec import ModelSpec, RopeSpec
+
+Rotaries = dict[RopeSpec, tuple[Tensor, Tensor]]
+
+
+def fuse(spec: ModelSpec, weights: DecoderWeights, ops: Ops, shapes: Sequence[AttentionShape]) -> FusedDecoder | None:
+    """The decoder as one call, where the backend has it."""
+    return FusedDecoder(spec, weights, ops.native, shapes) if isinstance(ops, CpuOps) else None
+
+
+class FusedDecoder:
+    """A model's structures, made once; it is stateless but for the structures of the cache that it saw last."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: DecoderWeights, native: Native, shapes: Sequence[AttentionShape]
+    ) -> None:
+        self._spec = spec
+        self._native = native
+        self._weights = weights
+        self._memory: list[Tensor] = []
+        self._ropes = tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope is not None))
+        self._model = self._bind_model(shapes)
+        self._bound: tuple[Sequence[KVLayer], NativeCache | None] = ((), None)
+
+    def forward(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        rotary: Rotaries,
+        query_scale: Tensor | None,
+        cache: Sequence[KVLayer],
+    ) -> Tensor | None:
+        """As `Decoder.forward`, float32; None where the cache has a layer that the kernels do not know.
+
+        Args:
+            ids: the decoder's, as batch and cache are.
+            batch: see there.
+            cache: see there.
+            rotary: cosines and sines of the step's tokens for each rotary embedding.
+            query_scale: [T, 1, 1], what queries are multiplied by, if anything.
+        """
+        native_cache = self._cache(cache)
+        if native_cache is None:
+            return None
+        tokens = bind_batch(batch, ids.contiguous())
+        turns = [(floats(cos), floats(sin)) for cos, sin in (rotary[rope] for rope in self._ropes)]
+        rotaries = (structs.Rotary * max(len(turns), 1))(
+            *(structs.Rotary(pointer(cos), pointer(sin), cos.shape[1]) for cos, sin in turns)
+        )
+        scale = None if query_scale is None else floats(query_scale)
+        hidden = torch.empty(len(ids), self._spec.hidden_size)
+        bad = torch.zeros(len(ids), dtype=torch.uint8)
+        if self._native.call(
+            "forward",
+            byref(self._model),
+            native_cache.structs,
+            byref(tokens.struct),
+            rotaries,
+            pointer(scale),
+            pointer(hidden),
+            pointer(bad),
+        ):
+            check_finite(bad == 0)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `Decoder.logits`."""
+        rows = floats(hidden)
+        out = torch.empty(len(rows), self._spec.vocab_size)
+        self._native.call("logits", byref(self._model), pointer(rows), len(rows), pointer(out))
+        return out
+
+    def _cache(self, layers: Sequence[KVLayer]) -> NativeCache | None:
+        bound = self._bound  # another thread may replace it meanwhile
+        if bound[0] is not layers:
+            known = all(is_native(layer, self._spec.head_dim) for layer in layers)
+            bound = self._bound = layers, bind_cache(layers) if known else None
+        return bound[1]
+
+    def _bind_model(self, shapes: Sequence[AttentionShape]) -> structs.Model:
+        spec, weights = self._spec, self._weights
+        layers = [
+            self._bind_layer(layer, shape, -1 if it.rope is None else self._ropes.index(it.rope))
+            for layer, shape, it in zip(weights.layers, shapes, spec.layers, strict=True)
+        ]
+        self._layers = (structs.Layer * len(layers))(*layers)
+        return structs.Model(
+            hidden=spec.hidden_size,
+            intermediate=spec.intermediate_size,
+            layers=len(layers),
+            activation=structs.ACTIVATIONS[spec.activation],
+            eps=spec.rms_eps,
+            embedding_scale=spec.embedding_scale,
+            final_softcap=spec.final_softcap or 0.0,
+            layer=cast(self._layers, POINTER(structs.Layer)),
+            norm=self._kept(weights.norm),
+            embedding=weights.embedding.struct,
+            head=self._linear(weights.head),
+        )
+
+    def _bind_layer(self, layer: LayerWeights, shape: AttentionShape, rope: int) -> structs.Layer:
+        attention, mlp = layer.attention, layer.mlp
+        return structs.Layer(
+            input_norm=self._kept(layer.input_norm),
+            mlp_norm=self._kept(layer.mlp_norm),
+            post_attention_norm=self._kept(layer.post_attention_norm),
+            post_mlp_norm=self._kept(layer.post_mlp_norm),
+            q_norm=self._kept(attention.q_norm),
+            k_norm=self._kept(attention.k_norm),
+            qkv=self._linear(attention.qkv),
+            out=self._linear(attention.out),
+            gate_up=self._linear(mlp.gate_up),
+            down=self._linear(mlp.down),
+            attention=bind_shape(shape),
+            rope=rope,
+        )
+
+    def _linear(self, linear: Linear) -> structs.Linear:
+        return structs.Linear(linear.weight.struct, self._kept(linear.bias))
+
+    def _kept(self, x: Tensor | None) -> c_void_p | int | None:
+        if x is None:
+            return None
+        self._memory.append(floats(x))
+        return pointer(self._memory[-1])
