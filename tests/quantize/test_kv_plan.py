@@ -28,7 +28,7 @@ from kvant.quantize.load import load_configured
 from kvant.quantize.scales.files import write_scales
 from kvant.quantize.scales.kv_scales import KVScales
 from kvant.quantize.texts import cut_windows
-from kvant.weights.load import LoadedModel, load_model
+from kvant.weights.load import LoadedModel, load_model, open_source
 from tests.engine.checkpoint import write_checkpoint
 
 UNMEASURED = [name for name, fmt in KV_FORMATS.items() if not fmt.measured]
@@ -171,7 +171,9 @@ def test_other_files_are_another_model(tmp_path, plan_of, measured):
 def test_rounded_weights_are_another_model(tmp_path, plan_of, measured):
     path = write_checkpoint(tmp_path / "model", intermediate_size=64)
     for weights, count in (("auto", 1), ("dense", 1), ("int8", 2), ("int8", 2), ("int4", 3)):
-        plan_of("int8", load_configured(path, EngineConfig(dtype="float32", weights=weights, num_threads=1)))
+        plan_of(
+            "int8", load_configured(open_source(path), EngineConfig(dtype="float32", weights=weights, num_threads=1))
+        )
         assert len(measured) == count
 
 

@@ -168,7 +168,7 @@ def test_fewer_bits_fit_where_many_do_not(checkpoint: Path, monkeypatch: pytest.
 
 def test_a_config_says_how_weights_are_kept(checkpoint: Path) -> None:
     def loaded(**settings: Any) -> LoadedModel:
-        return load_configured(checkpoint, EngineConfig(dtype="float32", num_threads=1, **settings))
+        return load_configured(open_source(checkpoint), EngineConfig(dtype="float32", num_threads=1, **settings))
 
     assert loaded().rounding is loaded(weights="dense").rounding is None
     assert loaded(weights="int8").rounding == "int8 in groups of 32"

@@ -16,10 +16,11 @@ from kvant.engine.core import Core, EngineStats
 from kvant.engine.engine import Engine
 from kvant.engine.inputs import Prompt, encode_prompt
 from kvant.errors import ConfigError, CorruptModelError
+from kvant.models.families import model_spec
 from kvant.quantize.kv_plan import check_kv_settings, plan_kv_cache
 from kvant.quantize.load import load_configured
 from kvant.text.tokenizer import Tokenizer
-from kvant.weights.load import generation_defaults, inspect_model
+from kvant.weights.load import generation_defaults, open_source
 from kvant.weights.locate import DEFAULT_MODEL, locate
 from kvant.weights.pull import PULLABLE
 from kvant.weights.source import TensorSource
@@ -95,10 +96,10 @@ def serve_model(model: str | Path | None, config: EngineConfig) -> ServedModel:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    path = locate(model)
+    source = open_source(locate(model))
     # A wrong name is told before the weights are read.
-    check_kv_settings(config, inspect_model(path), torch.float32)
-    loaded = load_configured(path, config)
+    check_kv_settings(config, model_spec(source.config), torch.float32)
+    loaded = load_configured(source, config)
     tokenizer = read_tokenizer(loaded.source)
     core = Core(loaded, config, tokenizer.end_ids, plan_kv_cache(config, loaded, tokenizer))
     logger.info("%s", core.memory.describe())

@@ -88,7 +88,7 @@ def compare_kv_formats(
     pieces = cut_windows(content, tokenizer, windows, window_size)
     if engine.num_threads is not None:
         torch.set_num_threads(engine.num_threads)
-    loaded = load_configured(path, engine)
+    loaded = load_configured(source, engine)
     rows = compare_kv(loaded, _plans(engine, formats, loaded, tokenizer), pieces, progress)
     dtype = str(loaded.dtype).removeprefix("torch.")
     return Comparison(_shown(model or DEFAULT_MODEL), _shown(text or BUNDLED_TEXT), engine, dtype, rows)

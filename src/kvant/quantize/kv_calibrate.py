@@ -112,7 +112,7 @@ def calibrate_kv(
     windows = cut_windows(content, read_tokenizer(source), samples, seqlen)
     if engine.num_threads is not None:
         torch.set_num_threads(engine.num_threads)
-    loaded = load_configured(path, engine)
+    loaded = load_configured(source, engine)
     statistics = measure_kv(loaded.decoder, windows, progress)
     scales.write(directory, statistics, _model_type(source.config))
     statistics.save(directory / STATISTICS_FILE)

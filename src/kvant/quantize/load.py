@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from kvant.config import WEIGHT_BITS, EngineConfig
 from kvant.kernels.select import select_ops
 from kvant.quantize.rtn import rtn
 from kvant.weights.load import LoadedModel, load_model
 from kvant.weights.matrices import Rounding
+from kvant.weights.source import TensorSource
 
 _SCALE_BITS = 16
 
 
-def load_configured(path: Path, config: EngineConfig) -> LoadedModel:
-    """The checkpoint at a path, ready to run as an engine of this config runs it.
+def load_configured(source: TensorSource, config: EngineConfig) -> LoadedModel:
+    """An open checkpoint, ready to run as an engine of this config runs it.
 
     Raises:
         KvantError: as `load_model` does.
     """
     ops = select_ops(config.device, config.num_threads)
-    return load_model(path, dtype=config.dtype, ops=ops, weights=_weights(config))
+    return load_model(source, dtype=config.dtype, ops=ops, weights=_weights(config))
 
 
 def _weights(config: EngineConfig) -> str | Rounding:

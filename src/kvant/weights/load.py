@@ -76,11 +76,13 @@ def inspect_model(path: Path) -> ModelSpec:
     return model_spec(open_source(path).config)
 
 
-def load_model(path: Path, *, dtype: str, ops: Ops, weights: str | Rounding = "auto") -> LoadedModel:
+def load_model(
+    checkpoint: Path | TensorSource, *, dtype: str, ops: Ops, weights: str | Rounding = "auto"
+) -> LoadedModel:
     """Read a checkpoint into a decoder.
 
     Args:
-        path: a .gguf file or an HF directory.
+        checkpoint: a .gguf file or an HF directory, or one that is open.
         dtype: of activations and dense weights; "auto" as `EngineConfig.dtype` says.
         ops: the backend that the weights are prepared for.
         weights: "auto" and "dense" as `EngineConfig.weights` says, or how every matrix is rounded as it is read.
@@ -88,7 +90,7 @@ def load_model(path: Path, *, dtype: str, ops: Ops, weights: str | Rounding = "a
     Raises:
         KvantError: the checkpoint is not whole, not supported or too large, or its matrices cannot be rounded so.
     """
-    source = open_source(path)
+    source = open_source(checkpoint) if isinstance(checkpoint, Path) else checkpoint
     spec = model_spec(source.config)
     matrices = MatrixReader(source, torch.float32, weights, ops.packed_weights)
     matrices = replace(matrices, dtype=_compute_dtype(dtype, spec, matrices))

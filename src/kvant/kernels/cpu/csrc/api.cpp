@@ -56,18 +56,24 @@ void pack_dense(const T* x, int64_t rows, int64_t columns, T* out) {
       out[(row / kRowBlock * columns + c) * kRowBlock + row % kRowBlock] = x[row * columns + c];
 }
 
+// Eight 4-bit codes, two a byte as they are stored, as four bytes: codes 0-3 below, 4-7 above.
+uint32_t spread_codes(uint32_t codes) {
+  const uint32_t even = codes & 0x0f0f0f0f, odd = codes >> 4 & 0x0f0f0f0f;
+  const uint32_t first = (even & 0xff) | (odd & 0xff) << 8 | (even & 0xff00) << 8 | (odd & 0xff00) << 16;
+  const uint32_t second = (even >> 16 & 0xff) | (odd >> 16 & 0xff) << 8 | (even >> 24) << 16 | (odd >> 24) << 24;
+  return first | second << 4;
+}
+
+// Codes of a multiple of kGroup columns.
 void pack_codes(const uint8_t* x, int bits, int64_t rows, int64_t columns, uint8_t* out) {
-  const int64_t padded = (columns + kGroup - 1) / kGroup * kGroup, stored = columns * bits / 8;
-  for (int64_t row = 0; row < rows; ++row) {
-    uint8_t* block = out + row / kRowBlock * padded * bits;
-    for (int64_t c = 0; c < columns; ++c) {
-      const int64_t lane = row % kRowBlock * 4 + c % 4;
-      if (bits == 8) {
-        block[c / 4 * 32 + lane] = x[row * stored + c];
-      } else {
-        const int code = x[row * stored + c / 2] >> (c % 2 * 4) & 15;
-        block[c / 8 * 32 + lane] |= static_cast<uint8_t>(code << (c % 8 / 4 * 4));
-      }
+  const int64_t steps = columns * bits / 32;
+  for (int64_t row = 0; row < rows; ++row, x += 4 * steps) {
+    uint8_t* lane = out + row / kRowBlock * columns * bits + row % kRowBlock * 4;
+    for (int64_t step = 0; step < steps; ++step) {
+      uint32_t codes;
+      std::memcpy(&codes, x + 4 * step, sizeof codes);
+      if (bits == 4) codes = spread_codes(codes);
+      std::memcpy(lane + 32 * step, &codes, sizeof codes);
     }
   }
 }
