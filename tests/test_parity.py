@@ -16,6 +16,7 @@ from kvant.formats.kv_codecs import ShapedCodec, hadamard
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import AttentionShape, Ops, SamplingBatch
 from kvant.kernels.select import available_backends
+from kvant.quantize.rtn import rtn
 from tests.formats.oracle import HALF_LIMIT, assert_encodes
 from tests.formats.stats import layer_plan_of
 from tests.kernels import oracle
@@ -114,6 +115,16 @@ def test_quantized_linear_is_exact_where_8_bits_hold_the_inputs(ops, weight, row
     assert (error.abs() <= 1e-5 * (products(x, matrix) + 1)).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_quantized_linear_hides_no_input_that_is_not_finite(ops, bad, rows):
+    x, weight = random(1, rows, 64), ops.prepare(rtn(random(2, 20, 64), 4, 32))
+    x[rows // 2, 5] = bad
+    finite = ops.linear(x, weight).isfinite()
+    assert not finite[rows // 2].any()
+    assert finite.all(-1).sum() == rows - 1
+
+
 @SOME
 @given(weight=quantized(), ids=st.lists(st.integers(0, 69), min_size=1, max_size=20))
 def test_quantized_embedding(ops, weight, ids):
@@ -138,6 +149,7 @@ def test_embedding(ops, vocab, width, dtype, ids, seed):
     weight = random(seed, vocab, width, dtype=dtype)
     ids = [i % vocab for i in ids]
     found = ops.embedding(torch.tensor(ids), ops.prepare(PackedWeight.dense(weight)))
+    assert found.dtype == dtype
     assert torch.equal(found, torch.stack([weight[i] for i in ids]))
 
 

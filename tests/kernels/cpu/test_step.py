@@ -155,12 +155,19 @@ def test_every_cache_format_runs(native, tmp_path, monkeypatch, name, sizes):
     assert_close(states(decoder, LONG[:100], plan), expected, DECODED[rounded_bits(decoder.ops, plan.layers[0].format)])
 
 
+def test_a_layer_without_a_kernel_runs_beside_one_with_sinks(native, tmp_path):
+    path = write_checkpoint(tmp_path)
+    reference, decoder = (load(path, ops).decoder for ops in (ReferenceOps(), native(1)))
+    known, unknown = (plan_of(KV_FORMATS[name], 2, 2, 16).layers[0] for name in ("int4", "fp8_e4m3"))
+    for layers in ((known, unknown), (unknown, known)):
+        plan = KVPlan("mixed", layers)
+        assert_close(states(decoder, SHORT, plan), states(reference, SHORT, plan), FLIPPED)
+
+
 def test_the_kernels_know_all_formats_but_those_of_float8():
     layer = KVPlan.uniform(KV_FORMATS["fp32"], 1).layers[0]
-    native_ones = {
-        name for name, fmt in KV_FORMATS.items() if is_native(KVLayer(replace(layer, format=fmt), 16, 0, {}), 64)
-    }
-    assert set(KV_FORMATS) - native_ones == {"fp8_e4m3", "fp8_e5m2"}
+    layers = {name: KVLayer(replace(layer, format=fmt), 16, 0, {}) for name, fmt in KV_FORMATS.items()}
+    assert {name for name, one in layers.items() if not is_native(one, 64)} == {"fp8_e4m3", "fp8_e5m2"}
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -41,7 +41,7 @@ class CpuOps(ReferenceOps):
         ids = ids.contiguous()
         out = torch.empty(len(ids), weight.shape[1])
         self.native.call("embedding", byref(weight.struct), pointer(ids), len(ids), pointer(out))
-        return out
+        return out.to(weight.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows, factors = floats(x), floats(weight)

@@ -21,10 +21,11 @@ _ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True, eq=False)
 class NativeWeight:
-    """A matrix for the kernels, and the memory that `struct` points to."""
+    """A matrix for the kernels, the memory that `struct` points to, and what its values are given in."""
 
     struct: structs.Weight
     memory: tuple[Tensor, ...]
+    dtype: torch.dtype = torch.float32
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,7 +62,7 @@ def _dense(native: Native, matrix: Tensor) -> NativeWeight:
     rows, columns = matrix.shape
     codes = _packed(native, kind, matrix, columns, columns * matrix.element_size())
     struct = structs.Weight(kind=kind, rows=rows, columns=columns, group=_GROUP, codes=pointer(codes))
-    return NativeWeight(struct, (codes,))
+    return NativeWeight(struct, (codes,), matrix.dtype)
 
 
 def _packed(native: Native, kind: int, data: Tensor, columns: int, row_bytes: int) -> Tensor:

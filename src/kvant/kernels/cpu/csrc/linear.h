@@ -17,12 +17,13 @@ constexpr int kTileBlocks = 2;  // 16 registers
 constexpr int kTileTokens = 6;
 
 inline void quantize_group(const float* x, const QuantizedRow& out, int group) {
-  F8 held[4], top = all(0.0f);
+  F8 held[4], top = all(0.0f), poison = all(0.0f);
   for (int i = 0; i < 4; ++i) {
     held[i] = load<F8>(x + 8 * i);
     top = larger(top, magnitude(held[i]));
+    poison += held[i] - held[i];  // 0, or NaN where the input is not finite: a maximum may hide that
   }
-  const float step = largest(top) / 127.0f;
+  const float step = largest(top) / 127.0f + sum(poison);
   const F8 inverse = all(step > 0 ? 1.0f / step : 0.0f);
   int32_t* sums = out.half_sums + 2 * group;
   for (int half = 0; half < 2; ++half) {
