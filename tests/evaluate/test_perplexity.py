@@ -202,3 +202,12 @@ def test_what_cannot_be_measured_is_told_before_weights_are_read(tiny_path, trum
     asked = {"formats": ("int8",), "text": truman, "windows": 1, "window_size": 64} | changes
     with pytest.raises(ConfigError, match=complaint):
         compare_kv_formats(tiny_path, **asked)
+
+
+def test_stored_blocks_are_expanded_so_that_no_rounding_of_activations_is_measured(tiny_path, truman, monkeypatch):
+    seen, load = [], perplexity.load_configured
+    monkeypatch.setattr(
+        perplexity, "load_configured", lambda source, config: seen.append(config.weights) or load(source, config)
+    )
+    compare_kv_formats(tiny_path, ("int8",), text=truman, windows=1, window_size=64)
+    assert seen == ["dense"]
