@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -28,6 +29,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     except OSError as error:
         raise MemoryError(f"the system refused {size:,} bytes") from error
     if huge:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     data = np.frombuffer(memory, dtype=np.uint8, count=torch.Size(shape).numel() * dtype.itemsize)
     return torch.from_numpy(data).view(dtype).view(shape)

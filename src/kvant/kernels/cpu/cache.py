@@ -80,7 +80,9 @@ def _layer(layer: KVLayer, memory: list[Tensor], turns: dict[bytes, tuple[Tensor
     if centre is not None:
         key = centre.frequencies.numpy().tobytes()
         tokens = layer.block_size * next(iter(layer.planes.values())).shape[0]
-        cos, sin = turns.setdefault(key, _turns(centre.frequencies, tokens))
+        if key not in turns:
+            turns[key] = _turns(centre.frequencies, tokens)
+        cos, sin = turns[key]
         basis = polynomials(centre.coefficients.shape[1]).T.contiguous()
         memory += [cos, sin, basis]
         struct.turning = len(centre.frequencies)

@@ -104,10 +104,15 @@ void Pool::start(int threads, int64_t units, Function function, void* context) {
     if (spins < kPoliteSpins) pause();
     else std::this_thread::yield();
   }
+  if (failed_.exchange(false)) throw std::bad_alloc();
 }
 
 void Pool::work_on() {
-  for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) function_(context_, unit);
+  try {
+    for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) function_(context_, unit);
+  } catch (const std::bad_alloc&) {
+    failed_ = true;  // told by the caller, when nobody works on the job any more
+  }
 }
 
 bool Pool::enter(int index, uint64_t* done) {

@@ -47,7 +47,8 @@ class Pool {
   // Starts workers so that `threads` in all, the caller's included, can work.
   void grow(int threads);
 
-  // body(unit) for every unit in [0, units), on at most `threads` threads; returns when all are done.
+  // body(unit) for every unit in [0, units), on at most `threads` threads; returns when all are done. Throws bad_alloc
+  // where one did.
   template <class Body>
   void run(int threads, int64_t units, Body&& body) {
     if (threads < 2 || units < 2) {
@@ -71,6 +72,7 @@ class Pool {
   std::atomic<int64_t> next_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
+  std::atomic<bool> failed_{false};  // a unit ran out of memory
   Function function_ = nullptr;
   void* context_ = nullptr;
   int64_t units_ = 0;

@@ -149,7 +149,7 @@ inline F8 exponential(F8 x) {
 inline F8 hyperbolic_tangent(F8 x) {
   F8 e = exponential(smaller(magnitude(x), all(20.0f)) * all(-2.0f));
   F8 t = (all(1.0f) - e) / (all(1.0f) + e);
-  return x < all(0.0f) ? -t : t;
+  return x != x ? x : x < all(0.0f) ? -t : t;
 }
 
 // Eight 4-bit codes from the low halves of four bytes and their high halves, in the order of `_paired`: element 2i in the
