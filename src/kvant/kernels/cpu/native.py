@@ -53,7 +53,6 @@ class Native:
     @classmethod
     def bind(cls, library: ctypes.CDLL, isa: str, threads: int) -> Native:
         """Declare the library's functions and take the kernels of `isa`, one of those that it offers here."""
-        structs.check_sizes(library)
         library.kvant_kernels.restype, library.kvant_kernels.argtypes = c_void_p, (c_char_p,)
         library.kvant_pack.restype = None
         library.kvant_pack.argtypes = (c_int32, c_void_p, c_int64, c_int64, c_void_p)

@@ -107,7 +107,7 @@ KVANT_API void kvant_sizes(int64_t* out) {
   std::memcpy(out, sizes, sizeof sizes);
 }
 
-// Packs rows [first, last) of a matrix (first a multiple of 8) into `out`, zeroed, as types.h lays out its kind.
+// Packs rows of a matrix, from a multiple of 8 on, into `out`, zeroed, as types.h lays out its kind.
 KVANT_API void kvant_pack(int32_t kind, const void* x, int64_t rows, int64_t columns, void* out) {
   switch (kind) {
     case kWeightF32: return pack_dense(static_cast<const float*>(x), rows, columns, static_cast<float*>(out));

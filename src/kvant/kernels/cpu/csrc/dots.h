@@ -168,7 +168,7 @@ inline void key_dots8(const uint8_t* const* rows, int begin, int end, const Inte
 }
 
 // Values' codes of a tile as pairs of tokens: pairs[pair * vectors + vector] has 8 dims, the even token's code below the odd one's.
-// Which dims a vector has is the ISA's affair; `unmix` knows.
+// Which dims a vector has is the ISA's affair; `paired_dim` knows.
 using Pairs = S16[kTile / 2 * kMaxHeadDim / 8];
 
 inline void pair_values4(const uint8_t* const* rows, int tokens, int dim, Pairs& all_pairs) {

@@ -19,7 +19,6 @@ typedef uint32_t U8 __attribute__((vector_size(32)));
 typedef int16_t S16 __attribute__((vector_size(32)));
 typedef uint16_t H8 __attribute__((vector_size(16)));
 typedef uint8_t B32 __attribute__((vector_size(32)));
-typedef uint8_t B16 __attribute__((vector_size(16)));
 typedef uint8_t B8 __attribute__((vector_size(8)));
 
 template <class V, class P>

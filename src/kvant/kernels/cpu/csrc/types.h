@@ -10,11 +10,10 @@ constexpr int kGroup = 32;       // input columns that share one scale of the qu
 constexpr int kCentreTile = 64;  // positions that share one expansion of the keys' centre
 constexpr int kSinkSpan = 4;     // slots whose codes hold one sink in 16 bit
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxOrder = 8;
 
 enum WeightKind : int32_t { kWeightF32, kWeightF16, kWeightBF16, kWeightU4, kWeightU8 };
 
-// A matrix [rows, columns], packed by `kvant_pack_weight` for blocks of kRowBlock rows; columns are padded to kGroup.
+// A matrix [rows, columns], packed by `kvant_pack` for blocks of kRowBlock rows; columns are padded to kGroup.
 //   floats: codes [row block][column][8]
 //   U4:     codes [row block][group of 32][4 steps of 8 columns][8 rows][4]: columns 0-3 low, 4-7 high nibbles
 //   U8:     codes [row block][group of 32][8 steps of 4 columns][8 rows][4]
