@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from torch import Tensor
 
 from kvant.errors import CorruptModelError
-from kvant.formats.weight import PackedWeight, pair
+from kvant.formats.weight import InputCodes, PackedWeight, pair
 
 WIDTH = 8  # every group below divides it
 
@@ -28,26 +30,44 @@ def make(kind: str, outputs: int, inputs: int, seed: int) -> PackedWeight:
     if kind == "dense":
         return PackedWeight.dense(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)))
     bits, group, biased = int(kind[3]), int(kind[5]), kind.endswith("+bias")
-    return codes_and_weight(bits, outputs, inputs, seed, group=group, biased=biased)[1]
+    weight = codes_and_weight(bits, outputs, inputs, seed, group=group, biased=biased)[1]
+    return with_zeros(weight, seed) if kind.endswith("+zero") else weight
+
+
+def with_zeros(weight: PackedWeight, seed: int) -> PackedWeight:
+    scale = weight.planes["scale"]
+    generator = torch.Generator().manual_seed(seed)
+    zero = torch.randint(0, 2**weight.bits, scale.data.shape, generator=generator, dtype=torch.uint8)
+    return replace(weight, planes=weight.planes | {"zero": replace(scale, data=zero)})
+
+
+def in_order(weight: PackedWeight, seed: int) -> PackedWeight:
+    """The same planes, whose columns are other inputs'."""
+    order = torch.randperm(weight.in_features, generator=torch.Generator().manual_seed(seed))
+    return replace(weight, order=order)
 
 
 def matrix(weight: PackedWeight) -> Tensor:
     """What the planes mean, element by element."""
     if weight.format == "dense":
         return weight.planes["weight"].data
-    q, scale, bias = (weight.planes[name].data if name in weight.planes else None for name in ("q", "scale", "bias"))
+    names = ("q", "scale", "bias", "zero")
+    q, scale, bias, zeros = (weight.planes[name].data if name in weight.planes else None for name in names)
     bits, group = int(weight.format.removeprefix("int")), weight.planes["scale"].span
     values = torch.empty(q.shape[0], q.shape[1] * 8 // bits)
     for row in range(values.shape[0]):
         for column in range(values.shape[1]):
             code = int(q[row, column]) if bits == 8 else int(q[row, column // 2]) >> 4 * (column % 2) & 15
             step = float(scale[row, column // group])
-            zero = -(2 ** (bits - 1)) * step if bias is None else float(bias[row, column // group])
-            values[row, column] = code * step + zero
+            middle = 2 ** (bits - 1) if zeros is None else int(zeros[row, column // group])
+            zero = -middle * step if bias is None else float(bias[row, column // group])
+            at = column if weight.order is None else int(weight.order[column])
+            values[row, at] = code * step + zero
     return values
 
 
-KINDS = st.sampled_from(("dense", "int4/2", "int4/4+bias", "int4/8", "int8/1", "int8/2+bias", "int8/8"))
+NAMES = ("dense", "int4/2", "int4/4+bias", "int4/8", "int4/4+zero", "int8/1", "int8/2+bias", "int8/8", "int8/8+zero")
+KINDS = st.sampled_from(NAMES)
 SIZES = st.integers(1, 4)
 
 
@@ -90,12 +110,60 @@ def test_parts_of_different_formats_keep_their_values(kinds, outputs, seed):
     parts = [make(kind, outputs, 2 * WIDTH, seed + i) for i, kind in enumerate(kinds)]
     fused = PackedWeight.concat(parts)
     assert torch.equal(matrix(fused), torch.cat([matrix(part) for part in parts]))
-    if "dense" in kinds:
+    mixed = {"bias", "zero"} <= {name for part in parts for name in part.planes}
+    if "dense" in kinds or mixed:  # a zero point as a bias would be rounded
         assert fused.format == "dense"
     else:
+        assert ("zero" in fused.planes) == any("zero" in part.planes for part in parts)
         assert fused.bits == max(part.bits for part in parts)
         assert fused.group_size == min(part.group_size for part in parts)
         assert ("bias" in fused.planes) == any("bias" in part.planes for part in parts)
+
+
+@given(
+    bits=st.sampled_from((4, 8)),
+    columns=st.integers(2, 16).map(lambda n: 2 * n),
+    group=st.sampled_from((2, 4, 6, 8)),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_last_group_of_a_row_may_be_smaller(bits, columns, group, biased, seed):
+    groups = -(-columns // group)
+    whole = codes_and_weight(bits, 3, groups * group, seed, group=group, biased=biased)[1]
+    planes = {name: plane.data for name, plane in whole.planes.items()}
+    q = planes["q"][:, : columns * bits // 8]
+    weight = PackedWeight.quantized(bits, q, planes["scale"], planes.get("bias"), group_size=group)
+    assert torch.equal(weight.dequantize(torch.float32), matrix(whole)[:, :columns])
+    assert torch.equal(matrix(weight.columns(group, columns)), matrix(whole)[:, group:columns])
+    assert torch.equal(matrix(weight.regrouped(2)), matrix(weight))
+    finer = codes_and_weight(bits, 2, columns, seed + 1, group=2)[1]
+    assert torch.equal(matrix(PackedWeight.concat([weight, finer])), torch.cat([matrix(weight), matrix(finer)]))
+
+
+@given(kind=st.sampled_from(NAMES[1:]), seed=st.integers(0, 99))
+def test_columns_may_be_stored_in_another_order(kind, seed):
+    weight = in_order(make(kind, 3, 2 * WIDTH, seed), seed)
+    assert torch.equal(weight.dequantize(torch.float32), matrix(weight))
+    other = replace(make(kind, 2, 2 * WIDTH, seed + 1), order=weight.order)
+    fused = PackedWeight.concat([weight, other])
+    assert fused.format == weight.format
+    assert torch.equal(matrix(fused), torch.cat([matrix(weight), matrix(other)]))
+    mixed = PackedWeight.concat([weight, replace(other, order=None)])
+    assert torch.equal(matrix(mixed), torch.cat([matrix(weight), matrix(replace(other, order=None))]))
+    with pytest.raises(ValueError, match="not stored in order"):
+        weight.columns(0, WIDTH)
+
+
+def test_fused_parts_that_round_their_inputs_go_on_doing_so():
+    plain = make("int8/8", 2, WIDTH, 0)
+    dynamic = replace(plain, inputs=InputCodes())
+    assert PackedWeight.concat([dynamic, dynamic]).inputs == InputCodes()
+    low, high = (replace(plain, inputs=InputCodes(torch.tensor([scale]))) for scale in (0.1, 0.2))
+    assert PackedWeight.concat([low, high]).inputs.scale.item() == pytest.approx(0.2)
+    for other in (plain, low, PackedWeight.dense(torch.ones(2, WIDTH))):
+        fused = PackedWeight.concat([dynamic, other])
+        assert fused.inputs is None
+        assert torch.equal(matrix(fused), torch.cat([matrix(dynamic), matrix(other)]))
 
 
 def test_a_bias_beyond_float16_makes_fused_parts_dense():

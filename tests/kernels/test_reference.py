@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvant.formats.kv import KV_FORMATS, LayerPlan
-from kvant.formats.weight import PackedWeight
+from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 from kvant.kernels.reference import ReferenceOps
 from kvant.quantize.rtn import rtn
@@ -52,6 +52,19 @@ def test_a_quantized_weight_is_the_matrix_of_its_values(dtype, bits):
     dense = OPS.prepare(PackedWeight.dense(values.to(dtype)))
     assert torch.equal(OPS.linear(x, prepared, bias), OPS.linear(x, dense, bias))
     assert torch.equal(OPS.embedding(torch.tensor([3, 0, 47]), prepared), values[[3, 0, 47]])
+
+
+def test_a_weight_may_have_its_inputs_rounded_to_8_bits():
+    packed = rtn(random(1, 48, 64), 8, 64)
+    x = torch.cat([random(2, 5, 64) * torch.logspace(-3, 3, 5).unsqueeze(1), torch.zeros(1, 64)])
+    for scale in (None, 0.02):
+        inputs = InputCodes(None if scale is None else torch.tensor([scale]))
+        step = x.abs().amax(1, keepdim=True) / 127 if scale is None else torch.full((6, 1), scale)
+        codes = (x.double() / step.clamp(min=1e-30)).round().clamp(-127, 127)
+        expected = (codes @ packed.dequantize(torch.float64).T) * step
+        found = OPS.linear(x, OPS.prepare(replace(packed, inputs=inputs)))
+        assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert OPS.linear(torch.full((1, 64), torch.nan), OPS.prepare(replace(packed, inputs=InputCodes()))).isnan().all()
 
 
 def rows_of(batch: AttentionBatch, sequence: int, before: int, start: int, stop: int) -> AttentionBatch:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvant.errors import CorruptModelError
@@ -23,6 +24,17 @@ class WeightPlane:
 
 
 @dataclass(frozen=True)
+class InputCodes:
+    """W8A8: a layer's inputs are rounded to 8 bits too, x = code * scale with code from -127 to 127.
+
+    Attributes:
+        scale: [1] float32, measured beforehand; None takes each token's largest magnitude / 127.
+    """
+
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PackedWeight:
     """A linear layer's matrix [N, K] = [out_features, in_features] in some format.
 
@@ -31,13 +43,19 @@ class PackedWeight:
 
     - "dense": "weight" [N, K], any float dtype.
     - "int4", "int8": codes "q" uint8, [N, K / 2] (column 2i in the low nibble of byte i) or [N, K]; "scale" [N,
-      K / group] float16; maybe "bias", as "scale". A value is q * scale + bias, or without a bias
-      (q - 2^(bits - 1)) * scale.
+      ceil(K / group)], a float type; maybe "zero" uint8 or "bias" float16, both as "scale". A value is (q - zero) *
+      scale, or q * scale + bias, or without either (q - 2^(bits - 1)) * scale.
+
+    Attributes:
+        order: [K] int64; stored column j is input order[j]. None: they are in order. Groups are of stored columns.
+        inputs: how the layer's inputs are rounded, if they are.
     """
 
     format: str
     in_features: int
     planes: dict[str, WeightPlane]
+    order: Tensor | None = None
+    inputs: InputCodes | None = None
 
     @classmethod
     def dense(cls, weight: Tensor) -> PackedWeight:
@@ -45,13 +63,26 @@ class PackedWeight:
         return cls("dense", weight.shape[1], {"weight": WeightPlane(weight, 1)})
 
     @classmethod
-    def quantized(cls, bits: int, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> PackedWeight:
-        """A matrix of 4- or 8-bit codes from its planes; the group is as many columns as a scale stands for."""
+    def quantized(
+        cls,
+        bits: int,
+        q: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        zero: Tensor | None = None,
+        group_size: int | None = None,
+    ) -> PackedWeight:
+        """A matrix of 4- or 8-bit codes from its planes; its group is K / the number of scales unless it is given.
+
+        A group that is given may leave a smaller one at the end of a row.
+        """
         columns = q.shape[1] * 8 // bits
-        group = columns // scale.shape[1]
+        group = columns // scale.shape[1] if group_size is None else group_size
         planes = {"q": WeightPlane(q, 8 // bits), "scale": WeightPlane(scale, group)}
-        if bias is not None:
-            planes["bias"] = WeightPlane(bias, group)
+        for name, data in (("bias", bias), ("zero", zero)):
+            if data is not None:
+                planes[name] = WeightPlane(data, group)
         return cls(f"int{bits}", columns, planes)
 
     @property
@@ -75,6 +106,12 @@ class PackedWeight:
         """Bytes of all planes."""
         return sum(plane.data.nbytes for plane in self.planes.values())
 
+    @property
+    def codes(self) -> Tensor:
+        """A quantized weight's codes, one a byte: [N, K] uint8."""
+        q = self.planes["q"].data
+        return q if self.bits == 8 else torch.stack([q & 15, q >> 4], dim=-1).flatten(1)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The values [N, K], computed in float32 and rounded to `dtype`; a dense weight of that dtype is not copied."""
         if self.format == "dense":
@@ -83,7 +120,10 @@ class PackedWeight:
         step = max(1, _ELEMENTS_AT_ONCE // max(1, self.in_features))
         for first in range(0, self.out_features, step):
             rows = slice(first, first + step)
-            values[rows] = _values(self.rows(rows))
+            if self.order is None:
+                values[rows] = _values(self.rows(rows))
+            else:
+                values[rows, self.order] = _values(self.rows(rows)).to(dtype)
         return values
 
     def rows(self, index: slice | Tensor) -> PackedWeight:
@@ -91,20 +131,37 @@ class PackedWeight:
         return replace(self, planes={name: replace(p, data=p.data[index]) for name, p in self.planes.items()})
 
     def columns(self, start: int, stop: int) -> PackedWeight:
-        """The same weight over the inputs [start, stop); both must fall on every plane's span."""
+        """The same weight over the inputs [start, stop); both must fall on every plane's span, or on the end.
+
+        Raises:
+            ValueError: they do not, or the columns are not stored in order.
+        """
+        if self.order is not None:
+            raise ValueError("columns of a weight that are not stored in order cannot be sliced; expand it first")
         planes = {}
         for name, plane in self.planes.items():
-            if start % plane.span or stop % plane.span:
+            if start % plane.span or (stop % plane.span and stop != self.in_features):
                 raise ValueError(f"columns {start}:{stop} cut through a group of {plane.span} in plane {name!r}")
-            planes[name] = replace(plane, data=plane.data[:, start // plane.span : stop // plane.span])
+            planes[name] = replace(plane, data=plane.data[:, start // plane.span : -(-stop // plane.span)])
         return replace(self, in_features=stop - start, planes=planes)
+
+    def regrouped(self, group: int) -> PackedWeight:
+        """The same values in smaller groups, of a size that divides this one's: each has its former group's scale."""
+        times, groups = self.group_size // group, -(-self.in_features // group)
+        repeated = {
+            name: WeightPlane(plane.data.repeat_interleave(times, dim=1)[:, :groups], group)
+            for name, plane in self.planes.items()
+            if name != "q"
+        }
+        return replace(self, planes=self.planes | repeated)
 
     @staticmethod
     def concat(parts: Sequence[PackedWeight]) -> PackedWeight:
         """One weight whose outputs are the parts' outputs in order (fused qkv, gate and up).
 
         Parts of different formats are brought to one that holds the values of each exactly: the most bits, the smallest
-        group, a bias if any has one. Beside a dense part all become dense, in its dtype.
+        group, zero points or biases if any has them. Beside a dense part all become dense, in its dtype; where nothing
+        else holds all, in float32. Of different static scales of the inputs, the largest is taken.
 
         Raises:
             CorruptModelError: they differ in input width.
@@ -118,7 +175,7 @@ class PackedWeight:
             name: WeightPlane(torch.cat([part.planes[name].data for part in parts]), plane.span)
             for name, plane in parts[0].planes.items()
         }
-        return replace(parts[0], planes=fused)
+        return replace(parts[0], planes=fused, inputs=_common_inputs(parts))
 
 
 def pair(codes: Tensor) -> Tensor:
@@ -126,59 +183,63 @@ def pair(codes: Tensor) -> Tensor:
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
-def _codes(weight: PackedWeight) -> Tensor:
-    """[N, K] uint8."""
-    q = weight.planes["q"].data
-    return q if weight.bits == 8 else torch.stack([q & 15, q >> 4], dim=-1).flatten(1)
-
-
 def _values(weight: PackedWeight) -> Tensor:
-    """A quantized weight's values, float32 [N, K]."""
-    scale, bias = weight.planes["scale"].data, weight.planes.get("bias")
-    codes = _codes(weight).float().unflatten(1, (scale.shape[1], weight.group_size))
-    if bias is None:
-        codes.sub_(_middle(weight.bits)).mul_(scale.float().unsqueeze(-1))
+    """A quantized weight's values as its columns are stored, float32 [N, K]."""
+    scale, planes = weight.planes["scale"].data.float().unsqueeze(-1), weight.planes
+    groups, group = scale.shape[1], weight.group_size
+    codes = F.pad(weight.codes.float(), (0, groups * group - weight.in_features)).unflatten(1, (groups, group))
+    if "bias" in planes:
+        codes.mul_(scale).add_(planes["bias"].data.float().unsqueeze(-1))
     else:
-        codes.mul_(scale.float().unsqueeze(-1)).add_(bias.data.float().unsqueeze(-1))
-    values: Tensor = codes.flatten(1)
+        codes.sub_(planes["zero"].data.float().unsqueeze(-1) if "zero" in planes else _middle(weight.bits)).mul_(scale)
+    values: Tensor = codes.flatten(1)[:, : weight.in_features]
     return values
 
 
 def _middle(bits: int) -> int:
-    """The code of zero where there is no bias."""
+    """The code of zero where nothing else is said of it."""
     return 1 << (bits - 1)
 
 
 def _alike(parts: Sequence[PackedWeight]) -> Sequence[PackedWeight]:
     """The parts in one format, as `PackedWeight.concat` says."""
-    layouts = [(part.format, {name: plane.span for name, plane in part.planes.items()}) for part in parts]
-    if all(layout == layouts[0] for layout in layouts):
-        return parts
     for part in parts:
         if part.format == "dense":
             return _expanded(parts, part.planes["weight"].data.dtype)
+    if not _columns_alike(parts):
+        return _expanded(parts, torch.float32)
+    layouts = [(part.format, {name: plane.span for name, plane in part.planes.items()}) for part in parts]
+    if all(layout == layouts[0] for layout in layouts):
+        return parts
     bits, group = max(part.bits for part in parts), gcd(*(part.group_size for part in parts))
-    widened = [_with_group(part, group) for part in parts]
-    if any("bias" in part.planes for part in parts):
+    widened = [part.regrouped(group) for part in parts]
+    has_bias, has_zero = (any(name in part.planes for part in parts) for name in ("bias", "zero"))
+    if has_bias:
         widened = [_with_bias(part) for part in widened]
-        if not all(part.planes["bias"].data.isfinite().all() for part in widened):
+        # A zero point as a bias would be rounded.
+        if has_zero or not all(part.planes["bias"].data.isfinite().all() for part in widened):
             return _expanded(parts, torch.float32)
+    elif has_zero:
+        widened = [_with_zero(part) for part in widened]
     return [_with_bits(part, bits) for part in widened]
+
+
+def _columns_alike(parts: Sequence[PackedWeight]) -> bool:
+    """Whether the parts take their inputs in the same order and round them in the same way."""
+    order = parts[0].order
+    if any((part.order is None) != (order is None) for part in parts):
+        return False
+    ordered = order is None or all(part.order is not None and torch.equal(part.order, order) for part in parts)
+    return ordered and len({None if part.inputs is None else part.inputs.scale is None for part in parts}) == 1
+
+
+def _common_inputs(parts: Sequence[PackedWeight]) -> InputCodes | None:
+    scales = [part.inputs.scale for part in parts if part.inputs is not None and part.inputs.scale is not None]
+    return InputCodes(torch.stack(scales).amax(0)) if scales else parts[0].inputs
 
 
 def _expanded(parts: Sequence[PackedWeight], dtype: torch.dtype) -> list[PackedWeight]:
     return [PackedWeight.dense(part.dequantize(dtype)) for part in parts]
-
-
-def _with_group(weight: PackedWeight, group: int) -> PackedWeight:
-    """In smaller groups, each with its former group's scale and bias."""
-    times = weight.group_size // group
-    repeated = {
-        name: WeightPlane(plane.data.repeat_interleave(times, dim=1), group)
-        for name, plane in weight.planes.items()
-        if name != "q"
-    }
-    return replace(weight, planes=weight.planes | repeated)
 
 
 def _with_bias(weight: PackedWeight) -> PackedWeight:
@@ -189,11 +250,19 @@ def _with_bias(weight: PackedWeight) -> PackedWeight:
     return replace(weight, planes=weight.planes | {"bias": replace(scale, data=scale.data * -_middle(weight.bits))})
 
 
+def _with_zero(weight: PackedWeight) -> PackedWeight:
+    """With zero points that say what the code of zero is."""
+    if "zero" in weight.planes:
+        return weight
+    zero = torch.full_like(weight.planes["scale"].data, _middle(weight.bits), dtype=torch.uint8)
+    return replace(weight, planes=weight.planes | {"zero": replace(weight.planes["scale"], data=zero)})
+
+
 def _with_bits(weight: PackedWeight, bits: int) -> PackedWeight:
     """With codes of 8 bits, if that is what `bits` says."""
     if weight.bits == bits:
         return weight
-    shift = 0 if "bias" in weight.planes else _middle(bits) - _middle(weight.bits)
+    shift = 0 if {"bias", "zero"} & weight.planes.keys() else _middle(bits) - _middle(weight.bits)
     return replace(
-        weight, format=f"int{bits}", planes=weight.planes | {"q": WeightPlane(_codes(weight) + shift, 8 // bits)}
+        weight, format=f"int{bits}", planes=weight.planes | {"q": WeightPlane(weight.codes + shift, 8 // bits)}
     )

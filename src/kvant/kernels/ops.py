@@ -83,7 +83,11 @@ class Ops(Protocol):
         """A weight of any format in the backend's own layout, for `linear` and `embedding`. Called once a weight."""
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        """x [T, K] -> x W^T + b, [T, N]. A row's result does not depend on the other rows (see `reference`)."""
+        """x [T, K] -> x W^T + b, [T, N]. A row's result does not depend on the other rows (see `reference`).
+
+        Where the weight says so (`PackedWeight.inputs`), x is rounded to 8 bits first; a backend that rounds it anyway,
+        and no more coarsely, does that instead.
+        """
 
     def embedding(self, ids: Tensor, weight: Any) -> Tensor:
         """ids [T] int64 -> rows of the weight, [T, N], in its dtype; float32 where it is quantized."""

@@ -9,6 +9,7 @@ an early layer changes a text.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
-from kvant.formats.weight import PackedWeight
+from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 
 LINEAR_TILE = 32
@@ -33,6 +34,14 @@ def _pad_rows(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
+@dataclass(frozen=True)
+class MatrixOnCodes:
+    """A matrix [N, K] float32 whose inputs are rounded to 8 bits before the product."""
+
+    values: Tensor
+    inputs: InputCodes
+
+
 class ReferenceOps:
     """The ops of `kernels.ops.Ops`, documented there. A backend may subclass it and override what it has."""
 
@@ -40,9 +49,13 @@ class ReferenceOps:
     packed_weights = False
 
     def prepare(self, weight: PackedWeight) -> Any:
+        if weight.inputs is not None:
+            return MatrixOnCodes(weight.dequantize(torch.float32), weight.inputs)
         return weight.planes["weight"].data if weight.format == "dense" else weight.dequantize(torch.float32)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, MatrixOnCodes):
+            x, weight = rounded_inputs(x, weight.inputs), weight.values
         matrix, tiles = weight.to(x.dtype), _pad_rows(x, LINEAR_TILE).split(LINEAR_TILE)
         return torch.cat([F.linear(tile, matrix, bias) for tile in tiles])[: x.shape[0]]
 
@@ -98,6 +111,14 @@ class ReferenceOps:
             rows = SamplingBatch(*(getattr(params, name)[drawn] for name in SamplingBatch.__dataclass_fields__))
             tokens[drawn] = _draw(logits[drawn], rows)
         return tokens
+
+
+def rounded_inputs(x: Tensor, inputs: InputCodes) -> Tensor:
+    """x [T, K] as its codes give it, in its dtype. What is not finite stays so."""
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True) / 127 if inputs.scale is None else inputs.scale
+    steps = torch.where(scale == 0, 0.0, 1 / scale)
+    return ((wide * steps).round_().clamp_(-127, 127) * scale).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

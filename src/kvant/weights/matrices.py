@@ -52,8 +52,11 @@ class MatrixReader:
         if isinstance(self.weights, Rounding):
             weight = self.weights.quantize(self.source.checked(f"{name}.weight", shape, torch.float32))
             return weight if self.packed else PackedWeight.dense(weight.dequantize(self.dtype))
-        stored = self.source.checked_packed(f"{name}.weight", shape) if self._keeps_blocks else None
-        return stored or read_weight(self.source, name, shape, self.dtype)
+        stored = self.source.checked_packed(f"{name}.weight", shape) if self.weights == "auto" else None
+        # One that rounds its inputs too is more than its values.
+        if stored is None or not (self.packed or stored.inputs):
+            return read_weight(self.source, name, shape, self.dtype)
+        return stored
 
     def peak_bytes(self) -> int:
         """What loading takes at most, the matrices that are fused left out."""
