@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
-from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops
+from kvant.kernels.ops import AttentionBatch, Ops
 from kvant.models.fused import fuse
-from kvant.models.layers import DecoderWeights, TokenContext, attention, log_n_scale, mlp
+from kvant.models.layers import DecoderWeights, TokenContext, attention_shape, decoder_layer, log_n_scale
 from kvant.models.rope import RotaryEmbedding
-from kvant.models.spec import LayerSpec, ModelSpec
+from kvant.models.spec import ModelSpec
 
 
 class Decoder:
@@ -23,7 +23,7 @@ class Decoder:
         self.ops = ops
         self._weights = weights
         self._ropes = {layer.rope: RotaryEmbedding(layer.rope) for layer in spec.layers if layer.rope is not None}
-        self._fused = fuse(spec, weights, ops, [self._shape(layer) for layer in spec.layers])
+        self._fused = fuse(spec, weights, ops, [attention_shape(spec, layer) for layer in spec.layers])
 
     def with_ops(self, ops: Ops) -> Decoder:
         """The same model bound to other ops that take the same prepared weights."""
@@ -39,7 +39,7 @@ class Decoder:
             rope_lengths: [T] int64, see `models.rope.rope_length`.
             cache: the layers of the KV store.
         """
-        ops, spec, eps = self.ops, self.spec, self.spec.rms_eps
+        ops, spec = self.ops, self.spec
         rotary = {rope: embed(batch.positions, rope_lengths) for rope, embed in self._ropes.items()}
         query_scale = None if spec.log_n_length is None else log_n_scale(batch.positions, spec.log_n_length)
         if self._fused is not None:
@@ -50,12 +50,8 @@ class Decoder:
         residual = torch.zeros_like(x)
         for layer, weights, kv in zip(spec.layers, self._weights.layers, cache, strict=True):
             tokens = TokenContext(batch, rotary[layer.rope] if layer.rope else None, query_scale)
-            h, residual = ops.add_rms_norm(x, residual, weights.input_norm, eps)
-            x = attention(ops, h, weights.attention, self._shape(layer), eps, kv, tokens)
-            x = self._post_norm(x, weights.post_attention_norm)
-            h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, eps)
-            x = self._post_norm(mlp(ops, h, weights.mlp, spec.activation), weights.post_mlp_norm)
-        return ops.add_rms_norm(x, residual, self._weights.norm, eps)[0]
+            x, residual = decoder_layer(ops, x, residual, weights, spec, attention_shape(spec, layer), kv, tokens)
+        return ops.add_rms_norm(x, residual, self._weights.norm, spec.rms_eps)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -65,17 +61,3 @@ class Decoder:
         logits = self._weights.head(self.ops, hidden).float()
         cap = self.spec.final_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def _shape(self, layer: LayerSpec) -> AttentionShape:
-        spec = self.spec
-        return AttentionShape(
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            scale=spec.attention_scale,
-            window=layer.window,
-            softcap=spec.attention_softcap,
-        )
-
-    def _post_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return x if weight is None else self.ops.rms_norm(x, weight, self.spec.rms_eps)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvant.formats.kv import KVLayer
 from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops
+from kvant.models.spec import LayerSpec, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,29 @@ class TokenContext:
     query_scale: Tensor | None = None  # [T, 1, 1]: log-n attention
 
 
+def decoder_layer(
+    ops: Ops,
+    x: Tensor,
+    residual: Tensor,
+    weights: LayerWeights,
+    spec: ModelSpec,
+    shape: AttentionShape,
+    cache: KVLayer,
+    tokens: TokenContext,
+) -> tuple[Tensor, Tensor]:
+    """One layer of the decoder: x [T, hidden], what the one before adds to its residual -> the same of this layer."""
+    h, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps)
+    x = attention(ops, h, weights.attention, shape, spec.rms_eps, cache, tokens)
+    x = _post_norm(ops, x, weights.post_attention_norm, spec.rms_eps)
+    h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps)
+    x = mlp(ops, h, weights.mlp, spec.activation)
+    return _post_norm(ops, x, weights.post_mlp_norm, spec.rms_eps), residual
+
+
+def _post_norm(ops: Ops, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x if weight is None else ops.rms_norm(x, weight, eps)
+
+
 def attention(
     ops: Ops,
     x: Tensor,
@@ -96,6 +120,18 @@ def attention(
 def mlp(ops: Ops, x: Tensor, weights: MlpWeights, activation: str) -> Tensor:
     """down(act(gate(x)) * up(x)): [T, hidden] -> [T, hidden]."""
     return weights.down(ops, ops.gated(weights.gate_up(ops, x), activation))
+
+
+def attention_shape(spec: ModelSpec, layer: LayerSpec) -> AttentionShape:
+    """A layer's attention as the ops take it."""
+    return AttentionShape(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        scale=spec.attention_scale,
+        window=layer.window,
+        softcap=spec.attention_softcap,
+    )
 
 
 def log_n_scale(positions: Tensor, length: int) -> Tensor:
