@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from kvant.models.layers import AttentionWeights, DecoderWeights, LayerWeights, 
 from kvant.models.spec import ModelSpec
 from kvant.weights.codecs.plain import read_vector
 from kvant.weights.matrices import MatrixReader, Rounding
+from kvant.weights.parts import FusedLinear, fused_linears
 from kvant.weights.source import TensorSource
 
 # What checkpoints carry for a quantized KV cache: constants of queries, keys and values, no weights.
@@ -95,7 +95,7 @@ def load_model(
     matrices = MatrixReader(source, torch.float32, weights, ops.packed_weights)
     matrices = replace(matrices, dtype=_compute_dtype(dtype, spec, matrices))
     _check_memory(matrices)
-    prepared = _Loader(source, spec, matrices, ops).load()
+    prepared = WeightLoader(source, spec, matrices, ops).load()
     _check_all_read(source)
     eos = dict.fromkeys(spec.eos_token_ids + token_ids(source.generation, "eos_token_id"))
     rounding = weights.name if isinstance(weights, Rounding) else None
@@ -134,67 +134,81 @@ def _compute_dtype(name: str, spec: ModelSpec, in_float32: MatrixReader) -> torc
 
 
 @dataclass(frozen=True)
-class _Loader:
+class WeightLoader:
+    """Reads a decoder's weights piece by piece, each prepared for the backend.
+
+    Attributes:
+        source: the checkpoint.
+        spec: its model's.
+        matrices: reads one matrix.
+        ops: prepares it.
+    """
+
     source: TensorSource
     spec: ModelSpec
     matrices: MatrixReader
     ops: Ops
 
     @property
-    def _names(self) -> Names:
+    def names(self) -> Names:
+        """What the checkpoint calls its tensors."""
         return self.source.names_of(family_of(self.source.config))
 
     def load(self) -> DecoderWeights:
-        names, spec = self._names, self.spec
-        embedding = self.ops.prepare(self.matrices.read(names.embedding, (spec.vocab_size, spec.hidden_size)))
-        if spec.tied_embeddings:
-            head = Linear(embedding)
-        else:
-            head = self._linear([self.matrices.read(names.head, (spec.vocab_size, spec.hidden_size))], [])
-        layers = tuple(self._layer(index) for index in range(len(spec.layers)))
-        return DecoderWeights(embedding, layers, self._norm(names.norm, spec.hidden_size), head)
+        """All of them."""
+        embedding = self.embedding()
+        head = Linear(embedding) if self.spec.tied_embeddings else self.head()
+        return DecoderWeights(embedding, tuple(map(self.layer, range(len(self.spec.layers)))), self.norm(), head)
 
-    def _layer(self, index: int) -> LayerWeights:
-        names, spec = self._names, self.spec
+    def embedding(self) -> Any:
+        """The embedding matrix [vocab, hidden]."""
+        return self.ops.prepare(self.matrices.read(self.names.embedding, self._vocabulary))
+
+    def head(self) -> Linear:
+        """The output head; the embedding once more where it is tied to it."""
+        name = self.names.embedding if self.spec.tied_embeddings else self.names.head
+        return self._linear([self.matrices.read(name, self._vocabulary)], [])
+
+    def norm(self) -> Tensor:
+        """The last norm [hidden] float32."""
+        return self._norm(self.names.norm)
+
+    def layer(self, index: int) -> LayerWeights:
+        """One decoder layer."""
+        names, spec = self.names, self.spec
         prefix = names.layer.format(index)
+        linears = {kind: self._fused(prefix, fused) for kind, fused in fused_linears(spec, names).items()}
         post = spec.post_norms
         return LayerWeights(
-            input_norm=self._norm(prefix + names.input_norm, spec.hidden_size),
-            attention=self._attention(prefix, names),
-            mlp_norm=self._norm(prefix + names.mlp_norm, spec.hidden_size),
-            mlp=self._mlp(prefix, names),
-            post_attention_norm=self._norm(prefix + names.post_attention_norm, spec.hidden_size) if post else None,
-            post_mlp_norm=self._norm(prefix + names.post_mlp_norm, spec.hidden_size) if post else None,
+            input_norm=self._norm(prefix + names.input_norm),
+            attention=self._attention(prefix, linears["qkv"], linears["out"]),
+            mlp_norm=self._norm(prefix + names.mlp_norm),
+            mlp=MlpWeights(linears["gate_up"], linears["down"]),
+            post_attention_norm=self._norm(prefix + names.post_attention_norm) if post else None,
+            post_mlp_norm=self._norm(prefix + names.post_mlp_norm) if post else None,
         )
 
-    def _attention(self, prefix: str, names: Names) -> AttentionWeights:
-        spec = self.spec
-        query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        sizes = (query, kv, kv) if len(names.qkv) == 3 else (query + 2 * kv,)
-        qkv = self._fused([prefix + name for name in names.qkv], sizes, spec.hidden_size, _row_orders(spec, names))
-        out = self._fused([prefix + names.out], (spec.hidden_size,), query)
-        if not spec.qk_norm:
+    @property
+    def _vocabulary(self) -> tuple[int, int]:
+        return self.spec.vocab_size, self.spec.hidden_size
+
+    def _attention(self, prefix: str, qkv: Linear, out: Linear) -> AttentionWeights:
+        if not self.spec.qk_norm:
             return AttentionWeights(qkv, out)
-        q_norm = self._norm(prefix + names.q_norm, spec.head_dim)
-        return AttentionWeights(qkv, out, q_norm, self._norm(prefix + names.k_norm, spec.head_dim))
+        q_norm, k_norm = (
+            self._norm(prefix + name, self.spec.head_dim) for name in (self.names.q_norm, self.names.k_norm)
+        )
+        return AttentionWeights(qkv, out, q_norm, k_norm)
 
-    def _mlp(self, prefix: str, names: Names) -> MlpWeights:
-        width, hidden = self.spec.intermediate_size, self.spec.hidden_size
-        sizes = (width, width) if len(names.gate_up) == 2 else (2 * width,)
-        gate_up = self._fused([prefix + name for name in names.gate_up], sizes, hidden)
-        return MlpWeights(gate_up, self._fused([prefix + names.down], (hidden,), width))
-
-    def _fused(
-        self, names: list[str], sizes: tuple[int, ...], columns: int, orders: Mapping[int, Tensor] | None = None
-    ) -> Linear:
+    def _fused(self, prefix: str, fused: FusedLinear) -> Linear:
         """Projections read, their rows put in our order, and fused into one."""
         weights, biases = [], []
-        for part, (name, size) in enumerate(zip(names, sizes, strict=True)):
-            weight = self.matrices.read(name, (size, columns))
-            bias = read_vector(self.source, f"{name}.bias", size, self.matrices.dtype)
-            order = (orders or {}).get(part)
-            weights.append(weight if order is None else weight.rows(order))
-            biases.append(bias if bias is None or order is None else bias[order])
+        for part in fused.parts:
+            name = prefix + part.name
+            weight = self.matrices.read(name, (part.rows, fused.columns))
+            bias = read_vector(self.source, f"{name}.bias", part.rows, self.matrices.dtype)
+            weights.append(weight if part.order is None else weight.rows(part.order))
+            biases.append(bias if bias is None or part.order is None else bias[part.order])
         return self._linear(weights, biases)
 
     def _linear(self, weights: list[PackedWeight], biases: list[Tensor | None]) -> Linear:
@@ -205,30 +219,9 @@ class _Loader:
             )
         return Linear(self.ops.prepare(PackedWeight.concat(weights)), torch.cat(present) if present else None)
 
-    def _norm(self, name: str, size: int) -> Tensor:
-        return self.source.checked(f"{name}.weight", (size,), torch.float32) + self.spec.norm_offset
-
-
-def _row_orders(spec: ModelSpec, names: Names) -> dict[int, Tensor]:
-    """For each part of qkv whose rows are not stored in our order, the rows to take, in order."""
-    if names.row_order == "grouped":
-        return {0: _ungroup(spec)}
-    if names.row_order == "interleaved":
-        return {0: _deinterleave(spec.num_heads, spec.head_dim), 1: _deinterleave(spec.num_kv_heads, spec.head_dim)}
-    return {}
-
-
-def _ungroup(spec: ModelSpec) -> Tensor:
-    """Rows of [q heads of a KV group, its k, its v] per group -> all q, all k, all v."""
-    per_group = spec.num_heads // spec.num_kv_heads
-    rows = torch.arange(spec.num_kv_heads * (per_group + 2) * spec.head_dim)
-    q, k, v = rows.view(spec.num_kv_heads, per_group + 2, spec.head_dim).split([per_group, 1, 1], dim=1)
-    return torch.cat([q.flatten(), k.flatten(), v.flatten()])
-
-
-def _deinterleave(heads: int, head_dim: int) -> Tensor:
-    """Rotary pairs stored as neighbours (2i, 2i + 1) -> as halves (i, i + D / 2)."""
-    return torch.arange(heads * head_dim).view(heads, head_dim // 2, 2).transpose(1, 2).flatten()
+    def _norm(self, name: str, size: int | None = None) -> Tensor:
+        shape = (self.spec.hidden_size if size is None else size,)
+        return self.source.checked(f"{name}.weight", shape, torch.float32) + self.spec.norm_offset
 
 
 def generation_defaults(source: TensorSource) -> dict[str, Any]:
