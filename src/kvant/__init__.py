@@ -3,14 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kvant.version import __version__
+
 if TYPE_CHECKING:
     from kvant.config import EngineConfig, SamplingParams
     from kvant.engine.async_engine import AsyncEngine
     from kvant.engine.outputs import Response
     from kvant.errors import KvantError
     from kvant.pipelines import Pipeline, Session, pipeline
-
-__version__ = "0.1.0"
 
 # Imported when first used, so that `import kvant` and `kvant --help` load no torch.
 _HOMES = {

@@ -18,13 +18,13 @@ from kvant.kernels.reference import ReferenceOps
 from kvant.quantize import kv_calibrate
 from kvant.quantize.kv_calibrate import ScaleFiles
 from kvant.quantize.kv_constants import layer_plan
-from kvant.quantize.kv_known import WINDOW_SIZE, WINDOWS, calibration_text
+from kvant.quantize.kv_known import WINDOW_SIZE, WINDOWS
 from kvant.quantize.kv_measure import measure_kv
 from kvant.quantize.kv_plan import plan_kv_cache
 from kvant.quantize.kv_statistics import KVStatistics, LayerStatistics
 from kvant.quantize.scales.files import Layout, read_scales
 from kvant.quantize.scales.kv_scales import Codes
-from kvant.quantize.texts import cut_windows
+from kvant.quantize.texts import calibration_text, cut_windows
 from kvant.weights.load import LoadedModel, inspect_model, load_model
 from kvant.weights.tokenizer import read_tokenizer
 from tests.engine.checkpoint import write_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvant.evaluate.perplexity import compare_kv_formats
-from kvant.evaluate.scores import Row
+from kvant.evaluate.rows import Row
 from kvant.formats.kv import KV_FORMATS
 
 # Mean KL from a 16-bit cache in nats, and the share of likeliest tokens that stay: twice what was measured, or more.

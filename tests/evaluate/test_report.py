@@ -13,7 +13,7 @@ from rich.console import Console
 from kvant.config import EngineConfig
 from kvant.evaluate.perplexity import Comparison
 from kvant.evaluate.report import as_json, notes, table
-from kvant.evaluate.scores import Row
+from kvant.evaluate.rows import Row
 
 AUTO = Row("auto", "fp16", 16.0, 22.5, 0.5, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 510, 2, 256)
 INT4 = Row("int4", "int4 (layer 0: fp16)", 4.25, 23.625, 0.75, 0.05, 0.0125, 0.0123, 0.0004, 0.925, 0.005, 510, 2, 256)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvant.evaluate.scores import PIECES, Scores, score, standard_error, summarize
+from kvant.evaluate.rows import summarize
+from kvant.quantize.scores import PIECES, Scores, score, standard_error
 
 SEEDS = st.integers(0, 2**32)
 

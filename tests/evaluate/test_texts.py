@@ -6,8 +6,7 @@ import pytest
 
 from kvant.errors import ConfigError
 from kvant.evaluate.texts import check_windows, read_text
-from kvant.quantize.kv_known import calibration_text
-from kvant.quantize.texts import cut_windows
+from kvant.quantize.texts import calibration_text, cut_windows
 from kvant.weights.load import open_source
 from kvant.weights.tokenizer import read_tokenizer
 

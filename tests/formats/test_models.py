@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvant.evaluate.scores import score
 from kvant.formats.kv import KV_FORMATS, KVPlan
 from kvant.kernels.reference import ReferenceOps
 from kvant.models.decoder import Decoder
 from kvant.models.forcing import force, new_store
 from kvant.quantize.kv_constants import layer_plan
 from kvant.quantize.kv_measure import measure_kv
+from kvant.quantize.scores import score
 from kvant.weights.load import load_model
 from tests.families.configs import TINIES
 from tests.families.tiny import build

@@ -12,7 +12,7 @@ from typer.main import get_command
 from kvant import __version__
 from kvant.errors import KvantError
 
-VERBS = ("chat", "serve", "eval", "calibrate", "extract-scales", "models", "env")
+VERBS = ("chat", "serve", "quantize", "eval", "calibrate", "extract-scales", "models", "env")
 
 
 class _Verbs(TyperGroup):
@@ -65,6 +65,7 @@ def kvant(
                                            only the answer, on stdout
     kvant serve smollm2 --kv-cache-dtype int8
                                            a server for OpenAI clients
+    kvant quantize smollm2 -o OUT          its weights in 4 bits, and what that costs
     kvant eval smollm2                     what a smaller KV cache costs
     kvant calibrate smollm2 --kv -o DIR    measure it on a text of your own
 

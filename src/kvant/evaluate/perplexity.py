@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvant.config import EngineConfig
 from kvant.errors import NotFiniteError
-from kvant.evaluate.scores import Row, Scores, score, summarize
+from kvant.evaluate.rows import Row, summarize
 from kvant.evaluate.texts import BUNDLED_TEXT, check_windows, read_text
 from kvant.formats.kv import KVFormat, KVPlan, resolve_kv_format
 from kvant.models.decoder import Decoder
@@ -24,6 +24,7 @@ from kvant.models.families import model_spec
 from kvant.models.forcing import force, new_store
 from kvant.quantize.kv_plan import check_kv_settings, plan_kv_cache
 from kvant.quantize.load import load_configured
+from kvant.quantize.scores import Scores, score
 from kvant.quantize.texts import Window, cut_windows
 from kvant.text.tokenizer import Tokenizer
 from kvant.weights.load import LoadedModel, open_source

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kvant.config import EngineConfig
 from kvant.evaluate.perplexity import Comparison
-from kvant.evaluate.scores import Row
+from kvant.evaluate.rows import Row
 
 
 def table(comparison: Comparison) -> Table:

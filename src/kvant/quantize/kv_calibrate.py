@@ -16,7 +16,7 @@ from kvant.formats.kv import SINKS
 from kvant.formats.kv_codecs import StaticCodec
 from kvant.models.families import model_spec
 from kvant.quantize.kv_constants import static_scale
-from kvant.quantize.kv_known import WINDOW_SIZE, WINDOWS, calibration_text
+from kvant.quantize.kv_known import WINDOW_SIZE, WINDOWS
 from kvant.quantize.kv_measure import Progress, measure_kv
 from kvant.quantize.kv_statistics import STATISTICS_FILE, KVStatistics, LayerStatistics
 from kvant.quantize.load import load_configured
@@ -24,7 +24,7 @@ from kvant.quantize.scales.files import Layout, write_scales
 from kvant.quantize.scales.kv_scales import CODE_DTYPES, Codes, KVScales
 from kvant.quantize.scales.ranks import split
 from kvant.quantize.scales.tensors import SCALES_FILE, scale_tensors
-from kvant.quantize.texts import cut_windows, read_text_file
+from kvant.quantize.texts import calibration_text, cut_windows, read_text_file
 from kvant.weights.load import open_source
 from kvant.weights.locate import locate
 from kvant.weights.tokenizer import read_tokenizer

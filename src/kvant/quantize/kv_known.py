@@ -6,32 +6,27 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from importlib import resources
 
 from kvant.errors import ConfigError, CorruptModelError
 from kvant.quantize.kv_constants import RULES
 from kvant.quantize.kv_measure import measure_kv
 from kvant.quantize.kv_statistics import STATISTICS_FILE, VERSION, KVStatistics
 from kvant.quantize.scales.tensors import SCALES_FILE
-from kvant.quantize.texts import Window, cut_windows
+from kvant.quantize.texts import Window, calibration_text, cut_windows
 from kvant.text.tokenizer import Tokenizer
 from kvant.weights.load import LoadedModel
 from kvant.weights.pull import cache_dir
 
 WINDOWS, WINDOW_SIZE = 4, 512
+_CHARACTERS = 64_000  # of the text: enough for any tokenizer, and quickly cut
 
 logger = logging.getLogger("kvant")
-
-
-def calibration_text() -> str:
-    """The bundled text that models are measured on: State of the Union addresses, in the public domain."""
-    return resources.files("kvant.quantize").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
 
 
 def known_statistics(model: LoadedModel, tokenizer: Tokenizer) -> KVStatistics:
     """A model's statistics on the bundled text: from the cache directory, where they are kept once measured."""
     size = min(WINDOW_SIZE, model.spec.max_position)
-    windows = cut_windows(calibration_text(), tokenizer, WINDOWS, size)
+    windows = cut_windows(calibration_text()[:_CHARACTERS], tokenizer, WINDOWS, size)
     path = cache_dir() / "kv" / f"{_fingerprint(model, windows)}.safetensors"
     if os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a directory may not be searched
         try:

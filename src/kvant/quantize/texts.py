@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 from kvant.errors import ConfigError
 from kvant.text.tokenizer import Tokenizer
 
 Window = tuple[int, ...]
+
+
+def calibration_text() -> str:
+    """The bundled text that models are measured on: State of the Union addresses, in the public domain."""
+    return resources.files("kvant.quantize").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
 
 
 def read_text_file(path: Path) -> str:

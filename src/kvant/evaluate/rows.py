@@ -1,14 +1,10 @@
-"""A model's predictions beside those of a baseline, in numbers with their standard errors."""
+"""What one KV cache costs, as a row of a table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import nan
 
-import torch
-from torch import Tensor
-
-PIECES = 16
+from kvant.quantize.scores import Scores, standard_error
 
 
 @dataclass(frozen=True)
@@ -40,56 +36,6 @@ class Row:
     tokens: int
     windows: int
     window_size: int
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Predictions in numbers, each [predictions] or [windows, predictions] float64.
-
-    Attributes:
-        nll: negative log-likelihood of the token that really follows, in nats.
-        kl: KL(baseline || this) in nats.
-        agrees: 1 where the likeliest token is the baseline's, else 0.
-    """
-
-    nll: Tensor
-    kl: Tensor
-    agrees: Tensor
-
-
-def score(baseline: Tensor, logits: Tensor, targets: Tensor) -> Scores:
-    """Predictions beside the baseline's.
-
-    The KL is never negative, and exactly 0 for equal logits. Logits that are not finite give nan or inf.
-
-    Args:
-        baseline: [R, vocab] float32 logits.
-        logits: [R, vocab] float32.
-        targets: [R] int64, the tokens that really follow.
-    """
-    expected, found = (torch.log_softmax(x.double(), dim=-1) for x in (baseline, logits))
-    p = expected.exp()
-    # Where p is 0, both logarithms may be -inf, whose difference is nan.
-    kl = torch.where(p > 0, p * (expected - found), 0.0).sum(dim=-1).clamp(min=0)
-    return Scores(
-        nll=-found.gather(1, targets.unsqueeze(1)).squeeze(1),
-        kl=kl,
-        agrees=(baseline.argmax(dim=-1) == logits.argmax(dim=-1)).double(),
-    )
-
-
-def standard_error(values: Tensor) -> float:
-    """Of the mean of values [windows, predictions], each window's mean being one observation.
-
-    Predictions of one window are not independent. So a single window is cut into `PIECES` consecutive parts, each an
-    observation. Fewer than two observations give nan.
-    """
-    if len(values) == 1:
-        pieces = values[0].tensor_split(min(PIECES, values.shape[1]))
-        means = torch.stack([piece.mean() for piece in pieces])
-    else:
-        means = values.mean(dim=1)
-    return float(means.std(correction=1)) / len(means) ** 0.5 if len(means) > 1 else nan
 
 
 def summarize(name: str, plan: str, bits_per_element: float, scores: Scores, baseline: Scores) -> Row:

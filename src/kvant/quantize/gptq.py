@@ -1,0 +1,101 @@
+"""GPTQ: columns are rounded one after the other, and those that follow make up for each one's errors.
+
+Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", 2023. Groups are visited by how much their inputs matter, and the columns within a group too, so that
+errors fall where they count least; each group's columns stay together, so a checkpoint needs no order of its columns. A
+group's grid is fitted when its turn comes, to what its weights have become by then.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvant.errors import UnsupportedModelError
+from kvant.formats.weight import PackedWeight
+from kvant.quantize.grid import Grid, GridSpec
+from kvant.quantize.moments import Moments
+
+DAMPING = 0.01
+_RETRIES = 6
+_BLOCK = 128  # columns whose errors are carried on together
+
+
+def gptq(weight: Tensor, inputs: Moments, spec: GridSpec, damping: float = DAMPING) -> PackedWeight:
+    """A weight rounded so that the outputs on the calibration text change least.
+
+    Args:
+        weight: [N, K] float32. All rows see the same inputs, so projections that share theirs may be stacked.
+        inputs: of the layer.
+        spec: what the codes are like.
+        damping: what is added to the second moments' diagonal, relative to its mean; where they cannot be inverted so,
+            ten times as much is tried, some times.
+
+    Raises:
+        UnsupportedModelError: they cannot be inverted at all.
+    """
+    order, group = _visiting_order(inputs.importance, spec.group_size), spec.group_size
+    work, factor = weight[:, order].clone(), _inverse_factor(inputs.second[order][:, order], damping)
+    importance = factor.diagonal().square().reciprocal()
+    codes = torch.empty_like(work)
+    scales = torch.empty(len(work), len(order) // group)
+    zeros = torch.empty_like(scales)
+    for first in range(0, len(order), group):
+        columns = slice(first, first + group)
+        grid = Grid.fitted(spec, work[:, columns], importance[columns])
+        at = order[first] // group
+        scales[:, at : at + 1], zeros[:, at : at + 1] = grid.scale, grid.zero
+        _round_group(work, codes, grid, factor, first)
+    inverse = order.argsort()
+    return Grid(spec, scales, zeros).pack(codes[:, inverse])
+
+
+def _visiting_order(importance: Tensor, group: int) -> Tensor:
+    """[K] int64: groups of large inputs first, and in each its columns of large inputs."""
+    by_group = importance.unflatten(0, (-1, group))
+    within = by_group.argsort(dim=1, descending=True)
+    groups = by_group.sum(1).argsort(descending=True)
+    order: Tensor = (within + torch.arange(len(by_group)).unsqueeze(1) * group)[groups].flatten()
+    return order
+
+
+def _inverse_factor(second: Tensor, damping: float) -> Tensor:
+    """U [K, K], upper triangular, with U^T U the inverse of the damped second moments.
+
+    An input that is always zero gets a moment of its own: whatever its weight is, no output shows it.
+    """
+    mean = second.diagonal().mean()
+    dead = second.diagonal() == 0
+    identity = torch.eye(len(second))
+    for retry in range(_RETRIES):
+        damped = second + (damping * 10**retry * mean) * identity
+        damped.diagonal()[dead] = mean if mean > 0 else 1.0
+        # Of the matrix turned around, L L^T; turned back, L is the upper triangular R of R R^T, whose inverse is U.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if factor.isfinite().all():
+                return Tensor(factor)
+    raise UnsupportedModelError(
+        "GPTQ cannot invert the second moments of a layer's inputs on this calibration text; give a longer or more "
+        "varied text, or use method 'awq'"
+    )
+
+
+def _round_group(work: Tensor, codes: Tensor, grid: Grid, factor: Tensor, first: int) -> None:
+    """Round one group's columns in place of `work`, and change those that follow as its errors ask for."""
+    stop = first + grid.spec.group_size
+    scale, zero = grid.scale, grid.zero
+    steps = torch.where(scale == 0, 0.0, 1 / scale)
+    for begin in range(first, stop, _BLOCK):
+        end = min(begin + _BLOCK, stop)
+        block, errors = work[:, begin:end], torch.empty(len(work), end - begin)
+        local = factor[begin:end, begin:end]
+        for j in range(end - begin):
+            column = block[:, j : j + 1]
+            code = (column * steps + zero).round_().clamp_(0, grid.spec.top)
+            codes[:, begin + j : begin + j + 1] = code
+            error = (column - (code - zero) * scale) / local[j, j]
+            block[:, j:].addmm_(error, local[j : j + 1, j:], alpha=-1)
+            errors[:, j : j + 1] = error
+        work[:, end:].addmm_(errors, factor[begin:end, end:], alpha=-1)

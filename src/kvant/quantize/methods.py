@@ -1,0 +1,120 @@
+"""The methods by name: from a linear layer's weight and what its inputs are like to the weight in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from kvant.formats.weight import PackedWeight
+from kvant.quantize.awq import awq_scale
+from kvant.quantize.gptq import gptq
+from kvant.quantize.grid import Grid, GridSpec
+from kvant.quantize.moments import Moments
+from kvant.quantize.smoothquant import smoothquant, smoothquant_scale
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear layer to be quantized.
+
+    Attributes:
+        weight: [N, K] float32.
+        inputs: on the calibration text.
+        unseen: on another part of it, for methods that compare others; None where there is none.
+        spec: what the codes are like.
+        settled: the factors [K] nearest to some that the inputs can be divided by; None where they cannot be divided.
+        ties: [K] int64, inputs of one number have one factor; None where all may differ.
+    """
+
+    weight: Tensor
+    inputs: Moments
+    unseen: Moments | None
+    spec: GridSpec
+    settled: Callable[[Tensor], Tensor] | None = None
+    ties: Tensor | None = None
+
+    def scaled(self, scale: Tensor) -> Problem:
+        """The same with the inputs divided by factors [K], and the weight multiplied."""
+        unseen = None if self.unseen is None else self.unseen.divided(scale)
+        return replace(self, weight=self.weight * scale, inputs=self.inputs.divided(scale), unseen=unseen, settled=None)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A weight in few bits.
+
+    Attributes:
+        method: that made it.
+        weight: of the columns multiplied by `scale`.
+        scale: [K] float32, by which the inputs are divided; None: they are as they were.
+    """
+
+    method: str
+    weight: PackedWeight
+    scale: Tensor | None = None
+
+    def error(self, problem: Problem, inputs: Moments) -> float:
+        """What share of the outputs' energy the errors of the weight are, on such inputs."""
+        values = self.weight.dequantize(torch.float32)
+        if self.scale is not None:
+            values /= self.scale
+        return inputs.loss(values - problem.weight) / max(inputs.loss(problem.weight), 1e-30)
+
+
+Method = Callable[[Problem], Solution]
+
+
+def _plain(problem: Problem) -> Solution:
+    grid = Grid.plain(problem.spec, problem.weight)
+    return Solution("plain", grid.pack(grid.codes(problem.weight)))
+
+
+def _rtn(problem: Problem) -> Solution:
+    grid = Grid.fitted(problem.spec, problem.weight, problem.inputs.importance)
+    return Solution("rtn", grid.pack(grid.codes(problem.weight)))
+
+
+def _gptq(problem: Problem) -> Solution:
+    return Solution("gptq", gptq(problem.weight, problem.inputs, problem.spec))
+
+
+def _smoothquant(problem: Problem) -> Solution:
+    if problem.settled is None:
+        return Solution("smoothquant", smoothquant(problem.weight, problem.spec, problem.inputs.importance))
+    scale = smoothquant_scale(problem.weight, problem.inputs, problem.spec, problem.ties, problem.settled)
+    scaled = problem.scaled(scale)
+    return Solution("smoothquant", smoothquant(scaled.weight, problem.spec, scaled.inputs.importance), scale)
+
+
+def _after_scaling(name: str, method: Method) -> Method:
+    """AWQ's search for factors, then a method for the weight that they make."""
+
+    def solve(problem: Problem) -> Solution:
+        if problem.settled is None:
+            return replace(method(problem), method=name)
+        scale = problem.settled(awq_scale(problem.weight, problem.inputs, problem.spec, problem.ties))
+        return Solution(name, method(problem.scaled(scale)).weight, scale)
+
+    return solve
+
+
+_awq = _after_scaling("awq", _rtn)
+_CONTENDERS: tuple[Method, ...] = (_gptq, _awq, _after_scaling("awq+gptq", _gptq))
+
+
+def _auto(problem: Problem) -> Solution:
+    """The one whose errors are smallest on text that it has not seen; then it sees that too."""
+    if problem.unseen is None:
+        return min((method(problem) for method in _CONTENDERS), key=lambda it: it.error(problem, problem.inputs))
+    unseen, together = problem.unseen, replace(problem, inputs=problem.inputs.joined(problem.unseen), unseen=None)
+    errors = {method: method(problem).error(problem, unseen) for method in _CONTENDERS}
+    return min(errors, key=lambda method: errors[method])(together)
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {"plain": _plain, "rtn": _rtn, "awq": _awq, "gptq": _gptq, "smoothquant": _smoothquant, "auto": _auto}
+)

@@ -1,0 +1,82 @@
+"""How a model is to be quantized, as its user says it. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from kvant.errors import ConfigError
+
+METHOD_NAMES = ("auto", "gptq", "awq", "rtn", "smoothquant", "plain")
+FORMAT_NAMES = ("compressed-tensors", "awq", "gptq")
+WHOLE_ROW = -1
+_SMALLEST_GROUP = 16
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model's linear layers are quantized; embeddings, norms and the output head stay as they are.
+
+    Attributes:
+        method: "awq", "gptq", "rtn" (to nearest, ranges weighed by what the inputs are like), "plain" (to nearest, full
+            ranges), "auto" (what measures best, layer by layer), or "smoothquant" (W8A8).
+        bits: 4 or 8; 0 is 4, and 8 for smoothquant, which has no other.
+        group_size: inputs that share a scale; -1 is a whole row, as smoothquant always has it. A layer whose inputs are
+            not whole groups has the largest half, quarter ... that fits.
+        symmetric: without zero points; always so for smoothquant.
+        format: of the checkpoint: "compressed-tensors", "awq" or "gptq".
+        samples: pieces of the calibration text, and
+        seqlen: tokens in each.
+        ignore: patterns (`fnmatch`) of modules that stay as they are.
+    """
+
+    method: str = "auto"
+    bits: int = 0
+    group_size: int = 128
+    symmetric: bool = False
+    format: str = FORMAT_NAMES[0]
+    samples: int = 128
+    seqlen: int = 512
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        w8a8 = self.method == "smoothquant"
+        if self.bits == 0:
+            object.__setattr__(self, "bits", 8 if w8a8 else 4)
+        object.__setattr__(self, "symmetric", self.symmetric or w8a8)
+        for name, known in (("method", METHOD_NAMES), ("format", FORMAT_NAMES)):
+            value = getattr(self, name)
+            _require(value in known, f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+        _require(self.bits in (4, 8), f"bits={self.bits!r} is not supported; choose 4 or 8")
+        _require(not w8a8 or self.bits == 8, "smoothquant has 8 bits; leave bits out, or choose another method")
+        _require(
+            not w8a8 or self.format == "compressed-tensors",
+            f"format={self.format!r} has no place for rounded inputs; smoothquant needs compressed-tensors",
+        )
+        _require(
+            self.format != "awq" or self.bits == 4, "format='awq' has 4 bits only; choose compressed-tensors or gptq"
+        )
+        size = self.group_size
+        _require(
+            size == WHOLE_ROW or (size >= _SMALLEST_GROUP and size & (size - 1) == 0),
+            f"group_size={size!r} must be a power of two from {_SMALLEST_GROUP} on, or -1 for whole rows",
+        )
+        for name in ("samples", "seqlen"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)!r} must be at least 1")
+
+    def group(self, columns: int) -> int:
+        """How many of a linear's inputs share a scale."""
+        whole = self.method == "smoothquant" or self.group_size == WHOLE_ROW
+        size = columns if whole else self.group_size
+        while columns % size:
+            size //= 2
+        return size if size >= _SMALLEST_GROUP else columns
+
+    def ignores(self, module: str) -> bool:
+        """Whether a module stays as it is."""
+        return any(fnmatchcase(module, pattern) for pattern in self.ignore)

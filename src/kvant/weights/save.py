@@ -1,0 +1,164 @@
+"""Writing a checkpoint as an HF directory, shard by shard; it has its name only once it is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvant.errors import ConfigError
+from kvant.models.families import family_of
+from kvant.text.save import save_tokenizer
+from kvant.weights.source import TensorSource
+from kvant.weights.sources.safetensors import open_safetensors
+from kvant.weights.tokenizer import read_tokenizer
+
+INDEX = "model.safetensors.index.json"
+# What a tokenizer, a chat template or a family's own code may lie in, for tools that read them.
+_KEPT = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
+_NOT_KEPT = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", INDEX)
+
+
+def hf_config(source: TensorSource) -> dict[str, Any]:
+    """The config.json of the checkpoint's text model as HF would write it, without what it says of quantization."""
+    given = dict(source.config)
+    family = family_of(given)
+    text = given.pop("text_config", None) or {}
+    config = {**given, **text, "architectures": [given["architectures"][0]]}
+    if text:
+        config |= {"architectures": [family.architectures[0]], "model_type": f"{family.name}_text"}
+    for key in ("quantization_config", "vision_config", "norms_include_offset"):
+        config.pop(key, None)
+    return config if not source.metadata else _completed(config, family.name, source)
+
+
+def _completed(config: dict[str, Any], family: str, source: TensorSource) -> dict[str, Any]:
+    """A GGUF's config with what only an HF config has."""
+    config["model_type"] = "gemma3_text" if family == "gemma3" else family
+    rope = config["rope_parameters"]
+    config["rope_parameters"] = {"rope_type": "default", **rope}
+    config["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if (bos := source.metadata.get("tokenizer.ggml.bos_token_id")) is not None:
+        config["bos_token_id"] = int(bos)
+    return config
+
+
+class CheckpointWriter:
+    """Writes OUT.partial, which becomes OUT at the end.
+
+    Attributes:
+        out: the directory that is made.
+        partial: the directory that is written until then.
+        shards: how many files the tensors are in.
+    """
+
+    def __init__(self, out: Path, shards: int) -> None:
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        self.shards = shards
+
+    def shard(self, number: int) -> Path:
+        """The file of a shard; the first is 1."""
+        return self.partial / f"model-{number:05}-of-{self.shards:05}.safetensors"
+
+    def begin(self) -> None:
+        """Make the directory, unless it is there.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
+        with told(self.partial):
+            self.partial.mkdir(parents=True, exist_ok=True)
+
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a shard.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        save_whole(self.shard(number), tensors)
+
+    def write_text(self, name: str, content: str) -> None:
+        """Write a file of text.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        path = self.partial / name
+        with told(path):
+            temporary = path.with_name(f".{name}.writing")
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(path)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a file of JSON; as `write_text`."""
+        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def finish(self, config: Mapping[str, Any], source: TensorSource) -> None:
+        """Write the index, the config, and the source's tokenizer; then the directory gets its name.
+
+        Raises:
+            ConfigError: something cannot be written.
+        """
+        homes: dict[str, str] = {}
+        size = 0
+        for number in range(1, self.shards + 1):
+            path = self.shard(number)
+            homes |= dict.fromkeys(open_safetensors(path).keys(), path.name)
+            size += path.stat().st_size
+        self.write_json(INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(homes.items()))})
+        self.write_json("config.json", config)
+        with told(self.partial):
+            _write_tokenizer(source, self.partial)
+            self.partial.rename(self.out)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(self.shard(number).stat().st_size for number in range(1, self.shards + 1))
+
+
+def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that is there whole, or not at all; one that is there is replaced.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    with told(path):
+        try:
+            save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Errors of the system while a path is written, as ours."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be written: {error}; make room there, or choose another place") from error
+
+
+def _write_tokenizer(source: TensorSource, directory: Path) -> None:
+    if source.metadata:
+        save_tokenizer(read_tokenizer(source), directory)
+        return
+    for path in source.path.iterdir():
+        if path.suffix in _KEPT and path.name not in _NOT_KEPT and path.is_file():
+            shutil.copyfile(path, directory / path.name)
+    templates = source.path / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, directory / templates.name, dirs_exist_ok=True)
