@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvant.errors import UnsupportedModelError
-from kvant.formats.weight import PackedWeight, unpair
+from kvant.formats.weight import PackedWeight, pair, unpair
 from kvant.weights.codecs.codec import (
     FLOATS,
     WORD_BITS,
@@ -21,10 +21,21 @@ from kvant.weights.codecs.codec import (
     packed,
     packed_bits,
 )
+from kvant.weights.codecs.layout import (
+    Layout,
+    byte_words,
+    check_groups,
+    checked_planes,
+    half_scales,
+    named,
+    noted_group_sizes,
+    refused,
+)
 
 BITS = 4
 PER_WORD = WORD_BITS // BITS
-# A word's nibble i holds output [0, 2, 4, 6, 1, 3, 5, 7][i] of 8; so output j is in this one:
+# A word holds 8 outputs: which one each nibble has, and the nibble of each.
+OUTPUT_OF = (0, 2, 4, 6, 1, 3, 5, 7)
 NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 _VERSIONS = ("gemm", "gemv")
 
@@ -98,6 +109,55 @@ class AwqCodec:
         return columns // size, size
 
 
+class AwqWriter:
+    """The "gemm" layout: 4 bits, float16 scales, one group size for all modules."""
+
+    name = "awq"
+
+    def check(self, layout: Layout, module: str, shape: tuple[int, int]) -> None:
+        rows, columns = shape
+        if layout.bits != BITS:
+            raise refused(self.name, module, f"it has codes of {layout.bits} bits, the format only of 4")
+        if layout.inputs != "none":
+            raise refused(self.name, module, "its inputs are rounded, which the format has no place for")
+        if rows % PER_WORD:
+            raise refused(self.name, module, f"its {rows} outputs are no multiple of {PER_WORD}")
+        check_groups(self.name, layout, module, columns)
+
+    def encode(self, module: str, weight: PackedWeight) -> dict[str, Tensor]:
+        _, q, scale, zero = checked_planes(self, module, weight)
+        return named(
+            module,
+            qweight=_words_of_pairs(q),
+            qzeros=byte_words(pair(_in_nibble_order(zero.T))),
+            scales=half_scales(self.name, module, scale).T,
+        )
+
+    def config(self, layouts: Mapping[str, Layout], ignored: Sequence[str]) -> dict[str, Any]:
+        sizes = sorted(set(noted_group_sizes(layouts).values()))
+        if len(sizes) != 1:
+            raise UnsupportedModelError(
+                f"AWQ checkpoints have one group size, these modules have {', '.join(map(str, sizes))}; use a group "
+                "size that divides the inputs of all, or the format compressed-tensors"
+            )
+        return {
+            "quant_method": "awq",
+            "bits": BITS,
+            "group_size": sizes[0],
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": list(ignored),
+        }
+
+
+def _words_of_pairs(q: Tensor) -> Tensor:
+    """The inverse of `_pairs`: [N, K/2] -> [K, N/8]."""
+    codes = _in_nibble_order(q.T)
+    low, high = codes[:, 0::2], codes[:, 1::2]
+    both = torch.stack([(low & 15) | (high << 4), (low >> 4) | (high & 0xF0)], dim=1)
+    return byte_words(both.flatten(0, 1))
+
+
 def _pairs(words: Tensor) -> Tensor:
     """Codes [K, N/8] int32 of the "gemm" layout -> [N, K/2], two inputs to a byte."""
     data = as_bytes(words)
@@ -109,4 +169,10 @@ def _pairs(words: Tensor) -> Tensor:
 def _in_output_order(codes: Tensor) -> Tensor:
     """[..., N] in the order of a word's nibbles -> in that of the outputs."""
     ordered: Tensor = codes.unflatten(-1, (-1, PER_WORD))[..., NIBBLE_OF].flatten(-2)
+    return ordered
+
+
+def _in_nibble_order(codes: Tensor) -> Tensor:
+    """The inverse of `_in_output_order`."""
+    ordered: Tensor = codes.unflatten(-1, (-1, PER_WORD))[..., OUTPUT_OF].flatten(-2)
     return ordered

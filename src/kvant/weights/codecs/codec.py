@@ -121,12 +121,7 @@ def packed_bits(bits: int, columns: int, groups: int, scale_dtype: str, zeros: b
 
 def as_bytes(words: Tensor) -> Tensor:
     """int32 [..., n] -> its bytes [..., 4n], the lowest first: codes in a word's order, whether of 4 or 8 bits."""
-    return words.flatten().view(torch.uint8).unflatten(0, (*words.shape[:-1], -1))
-
-
-def as_words(data: Tensor) -> Tensor:
-    """The inverse of `as_bytes`; n a multiple of 4."""
-    return data.flatten().view(torch.int32).unflatten(0, (*data.shape[:-1], -1))
+    return words.flatten().view(torch.uint8).view(*words.shape[:-1], -1)
 
 
 def group_size(module: StoredModule, columns: int, groups: int, noted: Any) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,18 @@ from kvant.weights.codecs.codec import (
     packed,
     packed_bits,
 )
-
-Inputs = Literal["none", "token", "static"]
+from kvant.weights.codecs.layout import (
+    WHOLE_ROW,
+    Inputs,
+    Layout,
+    byte_words,
+    check_groups,
+    checked_planes,
+    code_words,
+    named,
+    noted_group_sizes,
+    refused,
+)
 
 PACKED, INT, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 _FORMATS = (PACKED, INT, "naive-quantized", MIXED)
@@ -213,3 +223,67 @@ def _words(codes: int, bits: int) -> int:
 def _best(ranks: Any) -> int | None:
     found = [rank for rank in ranks if rank is not None]
     return min(found) if found else None
+
+
+class CompressedTensorsWriter:
+    """pack-quantized, and int-quantized for modules whose inputs are rounded. Only keys that its config class knows."""
+
+    name = "compressed-tensors"
+
+    def check(self, layout: Layout, module: str, shape: tuple[int, int]) -> None:
+        if layout.inputs != "none" and not (layout.bits == 8 and layout.symmetric and layout.channelwise):
+            why = "beside rounded inputs it has 8 bits, no zero points and one scale a row, and this one has not"
+            raise refused(self.name, module, why, "quantize it as w8a8, or without rounding its inputs")
+        check_groups(self.name, layout, module, shape[1])
+
+    def encode(self, module: str, weight: PackedWeight) -> dict[str, Tensor]:
+        layout, q, scale, zero = checked_planes(self, module, weight)
+        parts = {"weight_scale": scale}
+        if layout.inputs == "none":
+            parts["weight_packed"] = byte_words(q)
+            parts["weight_shape"] = torch.tensor([weight.out_features, weight.in_features])
+        else:
+            parts["weight"] = (q ^ _SIGN).view(torch.int8)
+        if not layout.symmetric:
+            parts["weight_zero_point"] = code_words(zero.T, layout.bits).T
+        if weight.inputs is not None and weight.inputs.scale is not None:
+            parts["input_scale"] = weight.inputs.scale
+        return named(module, **parts)
+
+    def config(self, layouts: Mapping[str, Layout], ignored: Sequence[str]) -> dict[str, Any]:
+        sizes = noted_group_sizes(layouts)
+        targets: dict[tuple[int, int, bool, Inputs], list[str]] = {}
+        for name, layout in layouts.items():
+            targets.setdefault((layout.bits, sizes[name], layout.symmetric, layout.inputs), []).append(name)
+        formats = [PACKED if inputs == "none" else INT for *_, inputs in targets]
+        mixed = len(set(formats)) > 1
+        groups = {}
+        for i, (scheme, names) in enumerate(targets.items()):
+            # A format of its own is a newer key, and not written where it is not needed.
+            own = {"format": formats[i]} if mixed else {}
+            groups[f"group_{i}"] = _group(*scheme) | {"targets": names if len(targets) > 1 else ["Linear"]} | own
+        return {
+            "quant_method": "compressed-tensors",
+            "format": MIXED if mixed else formats[0],
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": list(ignored),
+            "kv_cache_scheme": None,
+        }
+
+
+def _group(bits: int, group_size: int, symmetric: bool, inputs: Inputs) -> dict[str, Any]:
+    """A config group, its targets left out."""
+    whole = group_size == WHOLE_ROW
+    common = {"type": "int", "symmetric": True}
+    weights = {
+        "num_bits": bits,
+        **common,
+        "symmetric": symmetric,
+        "strategy": "channel" if whole else "group",
+        "group_size": None if whole else group_size,
+        "dynamic": False,
+    }
+    strategy = {"token": {"strategy": "token", "dynamic": True}, "static": {"strategy": "tensor", "dynamic": False}}
+    rounded = None if inputs == "none" else {"num_bits": 8, **common, **strategy[inputs]}
+    return {"weights": weights, "input_activations": rounded, "output_activations": None}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ from kvant.weights.codecs.codec import (
     object_of,
     packed,
     packed_bits,
+)
+from kvant.weights.codecs.layout import (
+    Layout,
+    byte_words,
+    check_groups,
+    checked_planes,
+    code_words,
+    half_scales,
+    named,
+    noted_group_sizes,
+    refused,
 )
 
 BITS = (4, 8)
@@ -110,6 +122,57 @@ class GptqCodec:
         """What the note says for this module."""
         overrides = (override for pattern, override in self._overrides.items() if pattern.match(module.name))
         return {**self._note, **next(overrides, {})}.get(key, default)
+
+
+class GptqWriter:
+    """Version 1, which all readers know: 4 or 8 bits, float16 scales, columns in order."""
+
+    name = "gptq"
+
+    def check(self, layout: Layout, module: str, shape: tuple[int, int]) -> None:
+        rows, columns = shape
+        if layout.inputs != "none":
+            raise refused(self.name, module, "its inputs are rounded, which the format has no place for")
+        if columns % WORD_BITS or rows % 8:
+            why = f"its {columns} inputs are no multiple of {WORD_BITS}, or its {rows} outputs none of 8"
+            raise refused(self.name, module, why)
+        check_groups(self.name, layout, module, columns)
+
+    def encode(self, module: str, weight: PackedWeight) -> dict[str, Tensor]:
+        layout, q, scale, zero = checked_planes(self, module, weight)
+        index = torch.arange(weight.in_features, dtype=torch.int32) // layout.group_size
+        return named(
+            module,
+            qweight=byte_words(q).T,
+            qzeros=code_words(zero.T, layout.bits) - ONES[layout.bits],
+            scales=half_scales(self.name, module, scale).T,
+            g_idx=index,
+        )
+
+    def config(self, layouts: Mapping[str, Layout], ignored: Sequence[str]) -> dict[str, Any]:
+        sizes = noted_group_sizes(layouts)
+        settings = {name: _settings(layout, sizes[name]) for name, layout in layouts.items()}
+        common = Counter(settings.values()).most_common(1)[0][0]
+        different = {f"+:{_exactly(name)}": dict(own) for name, own in settings.items() if own != common}
+        # The head is dense wherever `lm_head` does not say otherwise.
+        dense: dict[str, dict[str, Any]] = {f"-:{_exactly(name)}": {} for name in ignored if name != "lm_head"}
+        return {
+            "quant_method": "gptq",
+            **dict(common),
+            "desc_act": False,
+            "lm_head": "lm_head" in layouts,
+            "checkpoint_format": "gptq",
+            **({"dynamic": different | dense} if different or dense else {}),
+        }
+
+
+def _settings(layout: Layout, group_size: int) -> tuple[tuple[str, Any], ...]:
+    return ("bits", layout.bits), ("group_size", group_size), ("sym", layout.symmetric)
+
+
+def _exactly(module: str) -> str:
+    """The pattern of this name, which readers match from the start."""
+    return re.escape(module) + "$"
 
 
 def _codes(words: Tensor, bits: int) -> Tensor:
