@@ -34,9 +34,6 @@ from kvant.weights.codecs.layout import (
 
 BITS = 4
 PER_WORD = WORD_BITS // BITS
-# A word holds 8 outputs: which one each nibble has, and the nibble of each.
-OUTPUT_OF = (0, 2, 4, 6, 1, 3, 5, 7)
-NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 _VERSIONS = ("gemm", "gemv")
 
 
@@ -167,12 +164,12 @@ def _pairs(words: Tensor) -> Tensor:
 
 
 def _in_output_order(codes: Tensor) -> Tensor:
-    """[..., N] in the order of a word's nibbles -> in that of the outputs."""
-    ordered: Tensor = codes.unflatten(-1, (-1, PER_WORD))[..., NIBBLE_OF].flatten(-2)
+    """[..., N] in the order of the words' nibbles (of 8 outputs: 0, 2, 4, 6, 1, 3, 5, 7) -> in that of the outputs."""
+    ordered: Tensor = codes.unflatten(-1, (-1, 2, 4)).transpose(-1, -2).flatten(-3)
     return ordered
 
 
 def _in_nibble_order(codes: Tensor) -> Tensor:
     """The inverse of `_in_output_order`."""
-    ordered: Tensor = codes.unflatten(-1, (-1, PER_WORD))[..., OUTPUT_OF].flatten(-2)
+    ordered: Tensor = codes.unflatten(-1, (-1, 4, 2)).transpose(-1, -2).flatten(-3)
     return ordered
