@@ -225,3 +225,17 @@ def test_memory_is_counted_as_it_is_kept(tmp_path: Path, name: str) -> None:
     norms = sum(2 * s[0] for s in shapes.values() if len(s) == 1)
     assert reader.peak_bytes() == sum(weight.nbytes for weight in kept) + norms
     assert MatrixReader(source, torch.bfloat16, "auto", packed=False).peak_bytes() == 2 * source.num_parameters()
+
+
+def test_a_module_may_lie_in_two_files_and_under_a_prefix(tmp_path: Path) -> None:
+    targets = ["re:.*mlp.*", *(f"language_model.model.layers.0.self_attn.{name}_proj" for name in "qkvo")]
+    note = note_of("pack-quantized", a=ASYMMETRIC | {"targets": targets[1:]}, b=W8A16 | {"targets": targets[:1]})
+    make = only("layers.0", in_two_schemes)
+    pair = llama(tmp_path, make, note, intermediate_size=64)
+    file = pair.quantized / "model.safetensors"
+    tensors = {f"language_model.{name}": tensor for name, tensor in load_file(file).items()}
+    file.unlink()
+    names = sorted(tensors)
+    for i in range(2):
+        save_file({name: tensors[name] for name in names[i::2]}, pair.quantized / f"model-{i}.safetensors")
+    assert torch.equal(model_logits(pair.quantized, IDS), model_logits(pair.dense, IDS))
