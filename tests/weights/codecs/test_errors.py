@@ -124,7 +124,7 @@ def compressed_note(weights: dict[str, Any] | None = None, **inputs: Any) -> dic
     ("note", "error", "says"),
     [
         (AWQ | {"version": "gemv_fast"}, UnsupportedModelError, "version 'gemv_fast' .* kvant reads gemm and gemv"),
-        (AWQ | {"backend": "llm-awq"}, UnsupportedModelError, "backend 'llm-awq'"),
+        (AWQ | {"backend": "llm-awq"}, UnsupportedModelError, "version 'llm-awq'"),
         (AWQ | {"bits": 3}, UnsupportedModelError, "AWQ weights of 3 bits"),
         (GPTQ | {"checkpoint_format": "marlin"}, UnsupportedModelError, "'marlin' are not read; kvant reads gptq and"),
         (GPTQ | {"is_marlin_format": True}, UnsupportedModelError, "GPTQ weights in the format"),

@@ -51,13 +51,13 @@ class AwqCodec:
         Raises:
             UnsupportedModelError: another layout, or another number of bits.
         """
-        self._version = str(note.get("version") or note.get("checkpoint_format") or "gemm").lower()
+        noted = note.get("version") or note.get("format") or note.get("checkpoint_format") or "gemm"
+        self._version = "llm-awq" if note.get("backend") == "llm-awq" else str(noted).lower()
         self._group_size = note.get("group_size", note.get("q_group_size"))
         bits = note.get("bits", note.get("w_bit", BITS))
-        if self._version not in _VERSIONS or note.get("backend", "autoawq") != "autoawq":
+        if self._version not in _VERSIONS:
             raise UnsupportedModelError(
-                f"{where}: AWQ weights of version {note.get('version')!r} (backend {note.get('backend', 'autoawq')!r}) "
-                f"are not read; kvant reads {' and '.join(_VERSIONS)} of autoawq"
+                f"{where}: AWQ weights of version {self._version!r} are not read; kvant reads {' and '.join(_VERSIONS)}"
             )
         if bits != BITS:
             raise UnsupportedModelError(f"{where}: AWQ weights of {bits} bits are not read; kvant reads those of 4")
