@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kvant.formats.kv import KV_FORMATS, KVLayer, LayerPlan
 from kvant.formats.kv_codecs import ShapedCodec, hadamard
-from kvant.formats.weight import PackedWeight
+from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.kernels.ops import AttentionShape, Ops, SamplingBatch
 from kvant.kernels.select import available_backends
 from kvant.quantize.rtn import rtn
@@ -66,16 +67,27 @@ def test_linear(ops, rows, inputs, outputs, dtype, bias, seed):
 
 @st.composite
 def quantized(draw: st.DrawFn) -> PackedWeight:
-    """A weight of few bits with made-up planes, of any group that divides its columns."""
-    bits, columns = draw(st.sampled_from((4, 8))), draw(st.sampled_from((32, 48, 64, 96, 128, 256, 384)))
-    group = draw(st.sampled_from([size for size in (16, 32, 48, 64, 96, 128) if columns % size == 0]))
+    """A weight of few bits with made-up planes: any group, a smaller last one, zero points, columns in disorder.
+
+    Float16 holds its scales, whatever type they are given in.
+    """
+    bits, columns = draw(st.sampled_from((4, 8))), draw(st.sampled_from((8, 32, 48, 64, 96, 128, 200, 256, 384)))
+    group = draw(st.sampled_from((8, 16, 32, 48, 64, 96, 128, columns)))
     rows, seed = draw(st.sampled_from((1, 5, 8, 13, 36, 70))), draw(SEEDS)
-    q = torch.randint(0, 256, (rows, columns * bits // 8), generator=torch.Generator().manual_seed(seed))
-    scale = random(seed + 1, rows, columns // group).exp() * 2.0**-bits * (1 - 2 * draw(st.booleans()))
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 256, (rows, columns * bits // 8), generator=generator, dtype=torch.uint8)
+    scale = random(seed + 1, rows, -(-columns // group)).exp() * 2.0**-bits * (1 - 2 * draw(st.booleans()))
+    scale = scale.bfloat16().half().to(draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32))))
     # Zero points like those of GGUF's blocks: anywhere among the codes.
-    zero = random(seed + 2, rows, columns // group).sigmoid() * 2**bits
-    bias = (-zero * scale).half() if draw(st.booleans()) else None
-    return PackedWeight.quantized(bits, q.to(torch.uint8), scale.half(), bias)
+    zero = random(seed + 2, *scale.shape).sigmoid() * (2**bits - 1)
+    match draw(st.sampled_from(("", "bias", "zero"))):
+        case "bias":
+            weight = PackedWeight.quantized(bits, q, scale, (-zero * scale).half(), group_size=group)
+        case "zero":
+            weight = PackedWeight.quantized(bits, q, scale, zero=zero.round().to(torch.uint8), group_size=group)
+        case _:
+            weight = PackedWeight.quantized(bits, q, scale, group_size=group)
+    return replace(weight, order=torch.randperm(columns, generator=generator) if draw(st.booleans()) else None)
 
 
 def products(x: Tensor, weight: Tensor) -> Tensor:
@@ -110,9 +122,33 @@ def test_quantized_linear_is_exact_where_8_bits_hold_the_inputs(ops, weight, row
     groups = -(-weight.in_features // 32)
     steps = 2.0 ** torch.randint(-6, 7, (rows, groups), generator=generator)
     x = codes * steps.repeat_interleave(32, dim=1)[:, : weight.in_features]
+    if weight.order is not None:  # columns that are stored together are rounded together
+        x = torch.empty_like(x).index_copy(1, weight.order, x)
     matrix, b = weight.dequantize(torch.float64), random(seed, weight.out_features) if bias else None
     error = ops.linear(x, ops.prepare(weight), b).double() - x.double() @ matrix.T - (0.0 if b is None else b.double())
     assert (error.abs() <= 1e-5 * (products(x, matrix) + 1)).all()
+
+
+@SOME
+@given(weight=quantized(), rows=st.integers(1, 40), static=st.booleans(), seed=SEEDS)
+def test_linear_whose_inputs_are_rounded_to_8_bits(ops, weight, rows, static, seed):
+    """A backend that rounds inputs anyway may do that in its own way."""
+    x, matrix = random(seed, rows, weight.in_features), weight.dequantize(torch.float64)
+    inputs = InputCodes(x.abs().amax().reshape(1) / 127 if static else None)
+    found = ops.linear(x, ops.prepare(replace(weight, inputs=inputs)))
+    usual = x.double().norm() * matrix.norm() / weight.in_features**0.5
+    assert (found - x.double() @ matrix.T).norm() <= 0.015 * (1 + 5 / found.numel() ** 0.5) * usual
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-6, 3e-5, 1.0, 1e7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scales_of_any_size_give_the_values(ops, size, dtype):
+    """Float16 has neither the smallest nor the largest of them."""
+    q = torch.randint(0, 256, (20, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    scale = ((1 + random(2, 20, 2).abs()) * size).to(dtype)
+    weight = PackedWeight.quantized(8, q, scale, zero=q[:, :2])
+    found, expected = ops.embedding(torch.arange(20), ops.prepare(weight)), weight.dequantize(torch.float64)
+    assert (found - expected).abs().max() <= 2.0**-10 * expected.abs().max()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

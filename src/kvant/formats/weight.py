@@ -130,6 +130,15 @@ class PackedWeight:
         """The same weight with only these output rows, in this order."""
         return replace(self, planes={name: replace(p, data=p.data[index]) for name, p in self.planes.items()})
 
+    def times(self, factors: Tensor) -> PackedWeight:
+        """The same weight with each output row multiplied by a factor, [N]: rounded as its values or scales are."""
+        changed = {
+            name: replace(plane, data=(plane.data.float() * factors.unsqueeze(1)).to(plane.data.dtype))
+            for name, plane in self.planes.items()
+            if name in ("weight", "scale", "bias")
+        }
+        return replace(self, planes=self.planes | changed)
+
     def columns(self, start: int, stop: int) -> PackedWeight:
         """The same weight over the inputs [start, stop); both must fall on every plane's span, or on the end.
 

@@ -43,7 +43,7 @@ class Tokenizer:
         self._spelling = spelling_of(backend)
         self._special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         named = {"bos_token": bos_id, "eos_token": eos_id, "unk_token": unk_id, "pad_token": pad_id}
-        variables = {name: token for name, i in named.items() if (token := self._name(i)) is not None}
+        variables = {name: token for name, i in named.items() if (token := self.token_name(i)) is not None}
         self.templates = {name: ChatTemplate(source, variables) for name, source in (templates or {}).items()}
 
     @cached_property
@@ -54,12 +54,12 @@ class Tokenizer:
     @property
     def bos_token(self) -> str | None:
         """The text of the token that begins a text."""
-        return self._name(self.bos_id)
+        return self.token_name(self.bos_id)
 
     @property
     def eos_token(self) -> str | None:
         """The text of the token that ends a text."""
-        return self._name(self.eos_id)
+        return self.token_name(self.eos_id)
 
     @property
     def chat_template(self) -> str | None:
@@ -92,13 +92,20 @@ class Tokenizer:
         data = b"".join(self.token_bytes(i) for i in ids if not (skip_special_tokens and self.is_special(i)))
         return self._spelling.strip(data.decode("utf-8", errors="replace"))
 
+    def token_name(self, token_id: int | None) -> str | None:
+        """What the vocabulary calls a token; None for an id that is not used."""
+        try:
+            return None if token_id is None else self.backend.id_to_token(token_id)
+        except OverflowError:  # negative, or larger than the library's ids
+            return None
+
     def token_text(self, token_id: int) -> str:
         """One token's text, a leading space included; U+FFFD for bytes that are not a whole character."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text, which may be a part of a character; nothing for an id that is not used."""
-        name = self._name(token_id)
+        name = self.token_name(token_id)
         return b"" if name is None else self._spelling.spell(name)
 
     def is_special(self, token_id: int) -> bool:
@@ -109,12 +116,6 @@ class Tokenizer:
     def leading_spaces(self) -> int:
         """How many spaces `decode` drops at the start of a text: those that `encode` put there."""
         return self._spelling.leading_spaces
-
-    def _name(self, token_id: int | None) -> str | None:
-        try:
-            return None if token_id is None else self.backend.id_to_token(token_id)
-        except OverflowError:  # negative, or larger than the library's ids
-            return None
 
 
 def frame(backend: Backend, bos_id: int | None, eos_id: int | None) -> None:

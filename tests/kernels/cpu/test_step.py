@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,12 +20,14 @@ from kvant.engine.core import Core
 from kvant.engine.sequence import Failure, Request, TokenEvent
 from kvant.errors import NotFiniteError
 from kvant.formats.kv import KV_FORMATS, KVLayer, KVPlan
+from kvant.formats.weight import InputCodes, PackedWeight, pair
 from kvant.kernels.cpu.cache import is_native
 from kvant.kernels.ops import AttentionBatch, Ops
 from kvant.kernels.reference import ReferenceOps
 from kvant.models import forcing
 from kvant.models.decoder import Decoder
 from kvant.models.forcing import force, new_store
+from kvant.models.fused import FusedDecoder
 from kvant.quantize.rtn import rtn
 from kvant.weights.load import LoadedModel, load_model
 from kvant.weights.matrices import Rounding
@@ -178,6 +182,58 @@ def test_quantized_weights(native, wide, monkeypatch, bits):
     for chunk in CHUNKS:
         monkeypatch.setattr(forcing, "CHUNK", chunk)
         assert_close(states(decoder, SHORT, uniform(decoder, "fp32")), expected, 0.1)
+
+
+def asymmetric(bits: int, group: int, dtype: torch.dtype, x: Tensor) -> PackedWeight:
+    """Codes with zero points, in groups of which the last may be smaller; scales in `dtype`."""
+    groups = -(-x.shape[1] // group)
+    parts = F.pad(x, (0, groups * group - x.shape[1])).unflatten(1, (groups, group))
+    low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).to(dtype)
+    zero = (-low / scale.float()).round().clamp(0, 2**bits - 1)
+    codes = (parts / scale.float().unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(0, 2**bits - 1)
+    q = codes.to(torch.uint8).flatten(1)[:, : x.shape[1]]
+    return PackedWeight.quantized(bits, pair(q) if bits == 4 else q, scale, zero=zero.to(torch.uint8), group_size=group)
+
+
+def disordered(x: Tensor) -> PackedWeight:
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(1))
+    return replace(asymmetric(4, 32, torch.float16, x[:, order]), order=order)
+
+
+def on_codes(scale: Tensor | None, x: Tensor) -> PackedWeight:
+    return replace(rtn(x, 8, x.shape[1]), inputs=InputCodes(scale))
+
+
+FORMS: dict[str, Callable[[Tensor], PackedWeight]] = {
+    "int4-zero": partial(asymmetric, 4, 64, torch.bfloat16),
+    "int8-zero": partial(asymmetric, 8, 32, torch.float32),
+    "ragged": partial(asymmetric, 4, 80, torch.float16),
+    "one-group": lambda x: asymmetric(8, x.shape[1], torch.float32, x),
+    "uneven": partial(asymmetric, 4, 24, torch.float16),  # no kernel: float32
+    "disordered": disordered,
+    "w8a8": partial(on_codes, None),
+    "w8a8-static": partial(on_codes, torch.tensor([0.05])),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_quantized_weight(native, wide, monkeypatch, form):
+    """In one call, and op by op. The kernels round inputs to 8 bit, 32 together; the reference takes them whole."""
+    rounding = Rounding(form, 8, FORMS[form])
+    reference, decoder = (
+        load_model(wide, dtype="float32", ops=ops, weights=rounding).decoder for ops in (ReferenceOps(), native(1))
+    )
+    expected = states(reference, SHORT, uniform(reference, "fp32"))
+    tolerance = 1e-5 if form == "uneven" else 0.1
+    for chunk in CHUNKS:
+        monkeypatch.setattr(forcing, "CHUNK", chunk)
+        found = states(decoder, SHORT, uniform(decoder, "fp32"))
+        assert_close(found, expected, tolerance)
+        assert_close(decoder.logits(found), reference.logits(expected), tolerance)
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedDecoder, "forward", lambda *_: None)
+            assert_close(states(decoder, SHORT, uniform(decoder, "fp32")), found, 2e-2)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -14,7 +14,7 @@ class Weight(Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("kind", "rows", "columns", "group")),
-        *((name, c_void_p) for name in ("codes", "scales", "biases")),
+        *((name, c_void_p) for name in ("codes", "scales", "biases", "zeros", "order")),
     ]
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvant.errors import CorruptModelError
 from kvant.formats.memory import lazy_zeros
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.cpu import structs
@@ -17,6 +18,8 @@ from kvant.kernels.cpu.native import Native, pointer
 _ROW_BLOCK = 8
 _GROUP = 32
 _ROWS_AT_ONCE = 256
+# Of the largest scale: what float16 may make a scale differ by. Its own rounding is half of it.
+_SCALE_ERROR = 2.0**-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,27 +37,71 @@ class NativeWeight:
 
 
 def pack(native: Native, weight: PackedWeight) -> NativeWeight:
-    """A weight in the kernels' layout; groups that they have no loop for become plain float32."""
+    """A weight in the kernels' layout; what they have no loop for becomes plain float32.
+
+    That is a group that none of theirs divides, and scales or biases that float16 does not hold. Whether the inputs are
+    to be rounded makes no difference: a quantized weight's always are, 32 together, and a plain one's need not be.
+
+    Raises:
+        CorruptModelError: the order of its columns does not name each of them once.
+    """
     if weight.format == "dense":
         return _dense(native, weight.planes["weight"].data)
-    group = weight.planes["scale"].span
-    fits = group == _GROUP // 2 or (group % _GROUP == 0 and (group // _GROUP).bit_count() == 1)
-    if not fits or weight.in_features % group or weight.in_features % _GROUP:
+    group = _fitting_group(weight)
+    if group is None or not _fits_half(weight):
         return _dense(native, weight.dequantize(torch.float32))
-    bits, planes = (4 if weight.format == "int4" else 8), weight.planes
-    columns = weight.in_features
-    codes = _packed(native, structs.KINDS[weight.format], planes["q"].data, columns, columns * bits // 8)
-    scales = [_by_block(planes[name].data) for name in ("scale", "bias") if name in planes]
-    struct = structs.Weight(
-        kind=structs.KINDS[weight.format],
-        rows=weight.out_features,
-        columns=columns,
-        group=group,
-        codes=pointer(codes),
-        scales=pointer(scales[0]),
-        biases=pointer(scales[1]) if len(scales) > 1 else None,
+    return _quantized(native, weight, group)
+
+
+def _fitting_group(weight: PackedWeight) -> int | None:
+    """The largest group of the kernels (16, or 32 times a power of two) that the weight can be given in."""
+    groups, group = weight.planes["scale"].data.shape[1], weight.group_size
+    if groups == 1:  # it ends where the row does, however large it is said to be
+        return _GROUP << (-(-weight.in_features // _GROUP) - 1).bit_length()
+    if group % _GROUP == 0:
+        return group & -group
+    return _GROUP // 2 if group % (_GROUP // 2) == 0 else None
+
+
+def _fits_half(weight: PackedWeight) -> bool:
+    scale = weight.planes["scale"].data.float()
+    error = (scale.half().float() - scale).abs().amax()
+    bias = weight.planes.get("bias")
+    return bool(error <= _SCALE_ERROR * scale.abs().amax()) and (
+        bias is None or bool(bias.data.half().isfinite().all())
     )
-    return NativeWeight(struct, (codes, *scales))
+
+
+def _quantized(native: Native, weight: PackedWeight, group: int) -> NativeWeight:
+    if group < weight.group_size and weight.planes["scale"].data.shape[1] > 1:
+        weight = weight.regrouped(group)
+    kind, bits, planes = structs.KINDS[weight.format], weight.bits, weight.planes
+    padded = -(-weight.in_features // _GROUP) * _GROUP
+    spans = -(-padded // group)
+    q = F.pad(planes["q"].data, (0, padded * bits // 8 - planes["q"].data.shape[1]))
+    memory = {
+        "codes": _packed(native, kind, q, padded, padded * bits // 8),
+        "scales": _by_block(planes["scale"].data.half(), spans),
+    }
+    if "bias" in planes:
+        memory["biases"] = _by_block(planes["bias"].data.half(), spans)
+    elif "zero" in planes and (planes["zero"].data != 1 << (bits - 1)).any():
+        # Not a bias of -zero * scale: rounded to float16 that is off by up to 1/8 of a step in 8 bits.
+        memory["zeros"] = _by_block(planes["zero"].data, spans)
+    if weight.order is not None:
+        memory["order"] = _permutation(weight.order)
+    addresses = {name: pointer(data) for name, data in memory.items()}
+    rows, columns = weight.out_features, weight.in_features
+    return NativeWeight(
+        structs.Weight(kind=kind, rows=rows, columns=columns, group=group, **addresses), tuple(memory.values())
+    )
+
+
+def _permutation(order: Tensor) -> Tensor:
+    """The order as the kernels take it, int32; they write by it, so it is checked."""
+    if not torch.equal(order.sort().values, torch.arange(len(order))):
+        raise CorruptModelError("the order of a weight's columns does not name each of them once")
+    return order.to(torch.int32).contiguous()
 
 
 def _dense(native: Native, matrix: Tensor) -> NativeWeight:
@@ -81,8 +128,8 @@ def _packed(native: Native, kind: int, data: Tensor, columns: int, row_bytes: in
     return out
 
 
-def _by_block(values: Tensor) -> Tensor:
-    """[rows, groups] -> [row blocks, groups, 8] float16, zero where there is no row."""
-    padded = F.pad(values.half(), (0, 0, 0, -values.shape[0] % _ROW_BLOCK))
+def _by_block(values: Tensor, spans: int) -> Tensor:
+    """[rows, groups] -> [row blocks, spans, 8], zero where there is no row and no group."""
+    padded = F.pad(values, (0, spans - values.shape[1], 0, -values.shape[0] % _ROW_BLOCK))
     blocks: Tensor = padded.unflatten(0, (-1, _ROW_BLOCK)).transpose(1, 2).contiguous()
     return blocks

@@ -12,7 +12,7 @@ using namespace kvant;
 
 namespace {
 
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 struct Isa {
   const char* name;

@@ -34,7 +34,16 @@ Input Step::quantized(const Weight& weight, const float* x, int64_t tokens) {
                  {arena.take<int8_t>(tokens * padded), arena.take<float>(groups), arena.take<float>(groups),
                   arena.take<int32_t>(groups), arena.take<int32_t>(2 * groups)},
                  padded};
-  rows(tokens, [&](int64_t t) { k_.quantize_row(x + t * weight.columns, weight.columns, in.row(t)); });
+  float* ordered = weight.order ? arena.take<float>(tokens * weight.columns) : nullptr;
+  rows(tokens, [&](int64_t t) {
+    const float* row = x + t * weight.columns;
+    if (ordered) {
+      float* to = ordered + t * weight.columns;
+      for (int c = 0; c < weight.columns; ++c) to[c] = row[weight.order[c]];
+      row = to;
+    }
+    k_.quantize_row(row, weight.columns, in.row(t));
+  });
   return in;
 }
 

@@ -46,6 +46,14 @@ void quantize_row(const float* x, int columns, const QuantizedRow& out) {
   quantize_group(padded, out, whole);
 }
 
+inline int num_spans(const Weight& w, int padded) { return (padded + w.group - 1) / w.group; }
+
+// What a code of 0 stands for, of 8 rows: the bias, or what a zero point of 8 bits makes of the scale, exactly.
+inline F8 bias_of(const Weight& w, int64_t at, F8 scale) {
+  if (w.biases) return load_half(w.biases + at);
+  return -(to_float(__builtin_convertvector(load<B8>(w.zeros + at), I8)) * scale);
+}
+
 // What a group's dots make of the result: acc += dots * scale * step, less its zero point, or plus its bias.
 template <int Bits, bool Biased, int Parts>
 inline void add_group(F8& acc, I8 total, F8 scale, F8 bias, const QuantizedRow& row, int g, int part) {
@@ -107,14 +115,13 @@ inline void store_rows(F8 y, const Linear& linear, int row, float* out) {
 template <int M, int NB, int Bits, bool Biased, int Parts>
 void quantized_tile(const Linear& linear, const Input& in, int token, int block, float* out) {
   const Weight& w = linear.weight;
-  const int groups = in.padded / kGroup, spans = groups * kGroup / w.group;
+  const int groups = in.padded / kGroup, spans = num_spans(w, in.padded);
   const int shift = Parts == 2 ? -1 : __builtin_ctz(w.group / kGroup);
   const uint8_t* codes[NB];
-  const uint16_t *scales[NB], *biases[NB];
+  int64_t starts[NB];
   for (int b = 0; b < NB; ++b) {
     codes[b] = static_cast<const uint8_t*>(w.codes) + static_cast<int64_t>(block + b) * groups * 32 * Bits;
-    scales[b] = w.scales + static_cast<int64_t>(block + b) * spans * kRowBlock;
-    biases[b] = Biased ? w.biases + static_cast<int64_t>(block + b) * spans * kRowBlock : nullptr;
+    starts[b] = static_cast<int64_t>(block + b) * spans * kRowBlock;
   }
   QuantizedRow rows[M];
   const int8_t* x[M];
@@ -129,7 +136,8 @@ void quantized_tile(const Linear& linear, const Input& in, int token, int block,
       group_dots<M, NB, Bits, Parts>(codes, x, part, total);
       const int span = (Parts == 2 ? 2 * g + part : g >> shift) * kRowBlock;
       for (int b = 0; b < NB; ++b) {
-        const F8 scale = load_half(scales[b] + span), bias = Biased ? load_half(biases[b] + span) : all(0.0f);
+        const F8 scale = load_half(w.scales + starts[b] + span);
+        const F8 bias = Biased ? bias_of(w, starts[b] + span, scale) : all(0.0f);
         for (int m = 0; m < M; ++m) add_group<Bits, Biased, Parts>(acc[m][b], total[m][b], scale, bias, rows[m], g, part);
       }
     }
@@ -167,7 +175,7 @@ struct Panel {
 template <int M, int NB, bool Biased, int Planes, int Parts>
 void panel_tile(const Linear& linear, const Input& in, const Panel& panel, int token, int block, float* out) {
   const Weight& w = linear.weight;
-  const int groups = in.padded / kGroup, spans = groups * kGroup / w.group;
+  const int spans = num_spans(w, in.padded);
   const int shift = Parts == 2 ? -1 : __builtin_ctz(w.group / kGroup);
   QuantizedRow rows[M];
   for (int m = 0; m < M; ++m) rows[m] = in.row(token + m);
@@ -195,8 +203,8 @@ void panel_tile(const Linear& linear, const Input& in, const Panel& panel, int t
     for (int part = 0; part < Parts; ++part) {
       const int64_t span = start + (Parts == 2 ? 2 * g + part : g >> shift) * kRowBlock;
       for (int b = 0; b < NB; ++b) {
-        const F8 scale = load_half(w.scales + span + static_cast<int64_t>(b) * spans * kRowBlock);
-        const F8 bias = Biased ? load_half(w.biases + span + static_cast<int64_t>(b) * spans * kRowBlock) : all(0.0f);
+        const int64_t at = span + static_cast<int64_t>(b) * spans * kRowBlock;
+        const F8 scale = load_half(w.scales + at), bias = Biased ? bias_of(w, at, scale) : all(0.0f);
         for (int m = 0; m < M; ++m)
           add_group<4 * Planes, Biased, Parts>(acc[m][b], total[part][m][b], scale, bias, rows[m], g, part);
       }
@@ -239,7 +247,7 @@ using Tile = void (*)(const Linear&, const Input&, int token, int block, float* 
 
 template <int M, int NB>
 Tile tile_of(const Weight& w) {
-  const bool halves = w.group < kGroup, biased = w.biases != nullptr;
+  const bool halves = w.group < kGroup, biased = w.biases || w.zeros;
   switch (w.kind) {
     case kWeightF32: return dense_tile<M, NB, kWeightF32>;
     case kWeightF16: return dense_tile<M, NB, kWeightF16>;
@@ -278,7 +286,7 @@ PanelTile panel_tile_of(int tokens) {
 
 template <int NB>
 PanelTile panel_tile_of(const Weight& w, int tokens) {
-  const bool halves = w.group < kGroup, biased = w.biases != nullptr;
+  const bool halves = w.group < kGroup, biased = w.biases || w.zeros;
   if (w.kind == kWeightU4) {
     if (halves) return biased ? panel_tile_of<NB, true, 1, 2>(tokens) : panel_tile_of<NB, false, 1, 2>(tokens);
     return biased ? panel_tile_of<NB, true, 1, 1>(tokens) : panel_tile_of<NB, false, 1, 1>(tokens);
@@ -331,7 +339,7 @@ void linear_part(const Linear& linear, const Input& in, int first, int last, int
   }
 }
 
-// One row's values, as `linear_part` multiplies them.
+// One row's values in the order of the inputs, as `linear_part` multiplies them.
 void weight_row(const Weight& w, int row, float* out) {
   const int64_t block = row / kRowBlock, lane = row % kRowBlock;
   if (w.kind <= kWeightBF16) {
@@ -345,7 +353,7 @@ void weight_row(const Weight& w, int row, float* out) {
     return;
   }
   const int bits = w.kind == kWeightU4 ? 4 : 8, padded = (w.columns + kGroup - 1) / kGroup * kGroup;
-  const int64_t spans = padded / w.group;
+  const int64_t spans = num_spans(w, padded);
   const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + block * padded * bits;
   for (int c = 0; c < w.columns; ++c) {
     const int step = c / (32 / bits);
@@ -353,7 +361,8 @@ void weight_row(const Weight& w, int row, float* out) {
     const int code = bits == 8 ? byte : c % 8 < 4 ? byte & 15 : byte >> 4;
     const int64_t at = (block * spans + c / w.group) * kRowBlock + lane;
     const float scale = from_half(w.scales[at]);
-    out[c] = w.biases ? code * scale + from_half(w.biases[at]) : (code - (1 << (bits - 1))) * scale;
+    const int zero = w.zeros ? w.zeros[at] : 1 << (bits - 1);
+    out[w.order ? w.order[c] : c] = w.biases ? code * scale + from_half(w.biases[at]) : (code - zero) * scale;
   }
 }
 

@@ -17,12 +17,16 @@ enum WeightKind : int32_t { kWeightF32, kWeightF16, kWeightBF16, kWeightU4, kWei
 //   floats: codes [row block][column][8]
 //   U4:     codes [row block][group of 32][4 steps of 8 columns][8 rows][4]: columns 0-3 low, 4-7 high nibbles
 //   U8:     codes [row block][group of 32][8 steps of 4 columns][8 rows][4]
-// scales and biases are float16 [row block][columns / group][8]; without biases the zero point is 8 or 128.
+// scales are float16 [row block][columns / group, rounded up][8]; a group is 16 or 32 * 2^n columns. Biases are float16,
+// zeros 8 bits, both as scales: value = code * scale + bias, or (code - zero) * scale, with a zero of 8 or 128 where
+// there are neither. Stored column c is input order[c], or input c where there is no order.
 struct Weight {
   int32_t kind, rows, columns, group;
   const void* codes;
   const uint16_t* scales;
   const uint16_t* biases;
+  const uint8_t* zeros;
+  const int32_t* order;
 };
 
 struct Linear {
