@@ -14,12 +14,13 @@ from torch import Tensor
 from kvant.errors import CorruptModelError
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.reference import ReferenceOps
+from kvant.kernels.select import select_ops
 from kvant.quantize.scales.files import read_scales
 from kvant.weights.load import load_model, open_source
 from kvant.weights.matrices import MatrixReader
 from tests.families.configs import TINIES
 from tests.families.tiny import build
-from tests.support import SingleText, model_logits
+from tests.support import NATIVE, SingleText, model_logits
 from tests.weights.codecs.checkpoints import Make, Pair, llama, quantize
 from tests.weights.codecs.random_modules import Made, awq, compressed, gptq
 
@@ -239,3 +240,14 @@ def test_a_module_may_lie_in_two_files_and_under_a_prefix(tmp_path: Path) -> Non
     for i in range(2):
         save_file({name: tensors[name] for name in names[i::2]}, pair.quantized / f"model-{i}.safetensors")
     assert torch.equal(model_logits(pair.quantized, IDS), model_logits(pair.dense, IDS))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native kernels are built")
+@pytest.mark.parametrize("name", ["awq", "gptq, act-order", "gptq of the head too", "w4a16, zero points", "w8a16"])
+def test_native_kernels_compute_on_them(tmp_path: Path, name: str) -> None:
+    """They round inputs to 8 bits, which moves this model's logits by some percent; a wrong plane, by all of them."""
+    torch.manual_seed(0)
+    pair = llama(tmp_path, *MODELS[name], intermediate_size=64)
+    native = load_model(pair.quantized, dtype="float32", ops=select_ops("cpu", 1)).decoder
+    expected = model_logits(pair.dense, IDS)
+    assert (SingleText(native, len(IDS), len(IDS)).feed(IDS) - expected).norm() < 0.1 * expected.norm()
