@@ -43,11 +43,13 @@ class TensorSource(ABC):
         """The tensor's values in `dtype`. It may alias the mapped file: treat it as read-only."""
 
     def packed(self, name: str) -> PackedWeight | None:
-        """A matrix in the bits that the file has it in, scales rounded to float16; None where it cannot be had so."""
+        """A matrix in the bits that the file has it in, a GGUF's scales rounded to float16; None where it cannot be had
+        so.
+        """
         return None
 
     def packed_bits(self, name: str) -> float | None:
-        """Bits that an element of such a matrix takes, scales included; None where `packed` has nothing."""
+        """Bits that an element of such a matrix takes, scales and zeros included; None where `packed` has nothing."""
         return None
 
     @abstractmethod

@@ -15,25 +15,24 @@ Parts = dict[str, Tensor]
 _AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # the output of 8 that each nibble of a word holds
 
 
-def bits_of(word: Tensor, start: int, count: int) -> int:
+def bits_of(word: int, start: int, count: int) -> int:
     """Some bits of a 32-bit word, from its lowest."""
-    return (int(word) & 0xFFFFFFFF) >> start & ((1 << count) - 1)
+    return (word & 0xFFFFFFFF) >> start & ((1 << count) - 1)
 
 
 def gptq_values(parts: Parts, bits: int, version: int, group_size: int | None = None) -> Tensor:
     """[N, K] float32."""
-    qweight, scales, per_word = parts["qweight"], parts["scales"].float(), 32 // bits
-    rows, columns = qweight.shape[1], qweight.shape[0] * per_word
+    per_word = 32 // bits
+    rows, columns = parts["qweight"].shape[1], parts["qweight"].shape[0] * per_word
+    qweight, qzeros, scales = (parts[name].tolist() for name in ("qweight", "qzeros", "scales"))
     size = group_size or columns
+    groups = parts["g_idx"].tolist() if "g_idx" in parts else [k // size for k in range(columns)]
+    less = sum(1 << (bits * i) for i in range(per_word)) if version == 1 else 0
 
     def value(n: int, k: int) -> float:
-        group = int(parts["g_idx"][k]) if "g_idx" in parts else k // size
-        code = bits_of(qweight[k // per_word, n], bits * (k % per_word), bits)
-        word = int(parts["qzeros"][group, n // per_word]) & 0xFFFFFFFF
-        if version == 1:
-            word += sum(1 << (bits * i) for i in range(per_word))
-        zero = bits_of(torch.tensor(word & 0xFFFFFFFF), bits * (n % per_word), bits)
-        return (code - zero) * float(scales[group, n])
+        code = bits_of(qweight[k // per_word][n], bits * (k % per_word), bits)
+        zero = bits_of(qzeros[groups[k]][n // per_word] + less, bits * (n % per_word), bits)
+        return (code - zero) * scales[groups[k]][n]
 
     return _matrix(rows, columns, value)
 
@@ -41,13 +40,14 @@ def gptq_values(parts: Parts, bits: int, version: int, group_size: int | None = 
 def awq_gemm_values(parts: Parts, group_size: int) -> Tensor:
     """[N, K] float32."""
     columns, rows = parts["qweight"].shape[0], parts["qweight"].shape[1] * 8
+    qweight, qzeros, scales = (parts[name].tolist() for name in ("qweight", "qzeros", "scales"))
 
-    def nibble(words: Tensor, n: int) -> int:
+    def nibble(words: list[int], n: int) -> int:
         return bits_of(words[n // 8], 4 * _AWQ_OUTPUTS.index(n % 8), 4)
 
     def value(n: int, k: int) -> float:
-        zero = nibble(parts["qzeros"][k // group_size], n)
-        return (nibble(parts["qweight"][k], n) - zero) * float(parts["scales"][k // group_size, n])
+        zero = nibble(qzeros[k // group_size], n)
+        return (nibble(qweight[k], n) - zero) * scales[k // group_size][n]
 
     return _matrix(rows, columns, value)
 
@@ -55,11 +55,11 @@ def awq_gemm_values(parts: Parts, group_size: int) -> Tensor:
 def awq_gemv_values(parts: Parts, group_size: int) -> Tensor:
     """[N, K] float32."""
     rows, columns = parts["qweight"].shape[0], parts["qweight"].shape[1] * 8
+    qweight, qzeros, scales = (parts[name].tolist() for name in ("qweight", "qzeros", "scales"))
 
     def value(n: int, k: int) -> float:
-        code, group = bits_of(parts["qweight"][n, k // 8], 4 * (k % 8), 4), k // group_size
-        zero = bits_of(parts["qzeros"][n, group // 8], 4 * (group % 8), 4)
-        return (code - zero) * float(parts["scales"][n, group])
+        code, group = bits_of(qweight[n][k // 8], 4 * (k % 8), 4), k // group_size
+        return (code - bits_of(qzeros[n][group // 8], 4 * (group % 8), 4)) * scales[n][group]
 
     return _matrix(rows, columns, value)
 

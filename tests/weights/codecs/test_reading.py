@@ -64,6 +64,14 @@ def test_awq(tmp_path: Path, rows: int, columns: int, group: int) -> None:
     same(decoded(tmp_path, parts, AWQ | {"group_size": group}), values)
 
 
+@pytest.mark.parametrize(
+    "note", [{"version": "GEMM"}, {"format": "gemm", "backend": "auto"}, {"backend": "autoawq"}, {}]
+)
+def test_awq_is_gemm_unless_it_says_otherwise(tmp_path: Path, note: dict[str, Any]) -> None:
+    parts, values = awq(16, 32, group=16)
+    same(decoded(tmp_path, parts, {"quant_method": "awq", "bits": 4, "group_size": 16, **note}), values)
+
+
 @few
 @given(rows=st.integers(1, 9), columns=st.sampled_from([32, 64, 96]), group=st.sampled_from([16, 32]))
 def test_awq_gemv_pads_its_groups(tmp_path: Path, rows: int, columns: int, group: int) -> None:

@@ -250,7 +250,7 @@ def test_a_written_model_is_the_model_of_its_values(tmp_path: Path, layout: str)
     assert torch.equal(model_logits(quantized, IDS), model_logits(dense, IDS))
 
 
-@pytest.mark.parametrize("inputs", [None, InputCodes(torch.tensor([0.0625]))])
+@pytest.mark.parametrize("inputs", [None, InputCodes(torch.tensor([0.25]))])
 def test_transformers_computes_the_same(tmp_path: Path, inputs: InputCodes | None) -> None:
     """With static scales that clip nothing: the library scales tokens to 127.5, and clips at -128."""
     quantized, _ = quantized_model(tmp_path, "compressed-tensors", inputs)

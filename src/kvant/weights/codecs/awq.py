@@ -34,9 +34,6 @@ from kvant.weights.codecs.layout import (
 
 BITS = 4
 PER_WORD = WORD_BITS // BITS
-# A word holds 8 outputs: which one each nibble has, and the nibble of each.
-OUTPUT_OF = (0, 2, 4, 6, 1, 3, 5, 7)
-NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 _VERSIONS = ("gemm", "gemv")
 
 
@@ -54,13 +51,13 @@ class AwqCodec:
         Raises:
             UnsupportedModelError: another layout, or another number of bits.
         """
-        self._version = str(note.get("version") or note.get("checkpoint_format") or "gemm").lower()
+        noted = note.get("version") or note.get("format") or note.get("checkpoint_format") or "gemm"
+        self._version = "llm-awq" if note.get("backend") == "llm-awq" else str(noted).lower()
         self._group_size = note.get("group_size", note.get("q_group_size"))
         bits = note.get("bits", note.get("w_bit", BITS))
-        if self._version not in _VERSIONS or note.get("backend", "autoawq") != "autoawq":
+        if self._version not in _VERSIONS:
             raise UnsupportedModelError(
-                f"{where}: AWQ weights of version {note.get('version')!r} (backend {note.get('backend', 'autoawq')!r}) "
-                f"are not read; kvant reads {' and '.join(_VERSIONS)} of autoawq"
+                f"{where}: AWQ weights of version {self._version!r} are not read; kvant reads {' and '.join(_VERSIONS)}"
             )
         if bits != BITS:
             raise UnsupportedModelError(f"{where}: AWQ weights of {bits} bits are not read; kvant reads those of 4")
@@ -167,12 +164,12 @@ def _pairs(words: Tensor) -> Tensor:
 
 
 def _in_output_order(codes: Tensor) -> Tensor:
-    """[..., N] in the order of a word's nibbles -> in that of the outputs."""
-    ordered: Tensor = codes.unflatten(-1, (-1, PER_WORD))[..., NIBBLE_OF].flatten(-2)
+    """[..., N] in the order of the words' nibbles (of 8 outputs: 0, 2, 4, 6, 1, 3, 5, 7) -> in that of the outputs."""
+    ordered: Tensor = codes.unflatten(-1, (-1, 2, 4)).transpose(-1, -2).flatten(-3)
     return ordered
 
 
 def _in_nibble_order(codes: Tensor) -> Tensor:
     """The inverse of `_in_output_order`."""
-    ordered: Tensor = codes.unflatten(-1, (-1, PER_WORD))[..., OUTPUT_OF].flatten(-2)
+    ordered: Tensor = codes.unflatten(-1, (-1, 4, 2)).transpose(-1, -2).flatten(-3)
     return ordered

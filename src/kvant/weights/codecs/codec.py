@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,6 +176,18 @@ def in_order(q: Tensor, bits: int, order: Tensor | None) -> Tensor:
     if order is None:
         return q
     return q[:, order] if bits == 8 else pair(unpair(q)[:, order])
+
+
+def pattern_of(text: str, where: Path) -> re.Pattern[str]:
+    """A pattern of module names in a note, to be matched from their start.
+
+    Raises:
+        CorruptModelError: it is none.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise CorruptModelError(f"{where}: the quantization's {text!r} is no pattern of names: {error}") from error
 
 
 def object_of(holder: Mapping[str, Any], key: str) -> dict[str, Any]:

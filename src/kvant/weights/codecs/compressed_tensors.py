@@ -25,6 +25,7 @@ from kvant.weights.codecs.codec import (
     object_of,
     packed,
     packed_bits,
+    pattern_of,
 )
 from kvant.weights.codecs.layout import (
     WHOLE_ROW,
@@ -48,9 +49,10 @@ _INTEGERS = ("I8", "U8", "I16", "I32", "I64")
 
 @dataclass(frozen=True)
 class _Scheme:
-    """What a config group says of the modules that it targets."""
+    """What a config group says of the modules that it targets: by their names or classes, or by patterns of names."""
 
     targets: tuple[str, ...]
+    patterns: tuple[re.Pattern[str], ...]
     bits: int
     group_size: int | None
     inputs: Inputs
@@ -118,18 +120,14 @@ class CompressedTensorsCodec:
         return packed(bits, q, scale, _zeros(module, bits, rows, groups), group, order, _inputs(module, scheme))
 
     def _scheme(self, module: StoredModule) -> _Scheme:
-        """By name, by pattern, or by class, in that order. The class is not known here: any that is left will do."""
-
-        def rank(target: str) -> int | None:
-            if target.startswith("re:"):
-                return 1 if re.match(target.removeprefix("re:"), module.name) else None
-            return 0 if target == module.name else 2 if target == "Linear" else None
-
-        ranked = [(found, i) for i, s in enumerate(self._schemes) if (found := _best(map(rank, s.targets))) is not None]
-        if not ranked and len(self._schemes) != 1:
-            file = next(iter(module.parts.values())).file
-            raise CorruptModelError(f"{file}: {module.name!r} is quantized, but no config group says how")
-        return self._schemes[min(ranked)[1] if ranked else 0]
+        """By name, by pattern, or by class, in that order; no class is known but "Linear"."""
+        if len(self._schemes) == 1:
+            return self._schemes[0]
+        for targets in (_by_name, _by_pattern, _by_class):
+            for scheme in self._schemes:
+                if targets(scheme, module.name):
+                    return scheme
+        raise module.corrupt(next(iter(module.parts)), "is of a quantized module that no config group targets")
 
     def _code_bits(self, module: StoredModule) -> int:
         return self._scheme(module).bits if "weight_packed" in module.parts else 8
@@ -151,6 +149,18 @@ class CompressedTensorsCodec:
         return as_bytes(module.parts["weight_packed"].read())[:, : columns * bits // 8].contiguous()
 
 
+def _by_name(scheme: _Scheme, module: str) -> bool:
+    return module in scheme.targets
+
+
+def _by_pattern(scheme: _Scheme, module: str) -> bool:
+    return any(pattern.match(module) for pattern in scheme.patterns)
+
+
+def _by_class(scheme: _Scheme, module: str) -> bool:
+    return "Linear" in scheme.targets
+
+
 def _scheme(group: Mapping[str, Any], where: Path) -> _Scheme:
     weights = object_of(group, "weights")
     bits, kind, strategy = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("strategy")
@@ -164,8 +174,10 @@ def _scheme(group: Mapping[str, Any], where: Path) -> _Scheme:
     targets = group.get("targets") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise CorruptModelError(f"{where}: a config group's targets must be a list of names, not {targets!r:.40}")
+    patterns = [pattern_of(target[3:], where) for target in targets if target.startswith("re:")]
     size = weights.get("group_size")
-    return _Scheme(tuple(targets), bits, size if isinstance(size, int) and size > 0 else None, _rounding(group, where))
+    size = size if isinstance(size, int) and size > 0 else None
+    return _Scheme(tuple(targets), tuple(patterns), bits, size, _rounding(group, where))
 
 
 def _rounding(group: Mapping[str, Any], where: Path) -> Inputs:
@@ -218,11 +230,6 @@ def _zeros(module: StoredModule, bits: int, rows: int, groups: int) -> Tensor | 
 
 def _words(codes: int, bits: int) -> int:
     return -(-codes * bits // WORD_BITS)
-
-
-def _best(ranks: Any) -> int | None:
-    found = [rank for rank in ranks if rank is not None]
-    return min(found) if found else None
 
 
 class CompressedTensorsWriter:

@@ -25,6 +25,7 @@ from kvant.weights.codecs.codec import (
     object_of,
     packed,
     packed_bits,
+    pattern_of,
 )
 from kvant.weights.codecs.layout import (
     Layout,
@@ -66,7 +67,7 @@ class GptqCodec:
         self._version = _FORMATS[stored_as]
         self._note = note
         self._overrides = {
-            re.compile(pattern.removeprefix("+:")): object_of({pattern: override}, pattern)
+            pattern_of(pattern.removeprefix("+:"), where): object_of({pattern: override}, pattern)
             for pattern, override in object_of(note, "dynamic").items()
             if not pattern.startswith("-:")
         }
