@@ -64,7 +64,7 @@ def calibrate(
     output_dir: Annotated[
         Path, option("--output-dir", "Directory for the files; made where it is missing.", "-o", "--output_dir")
     ],
-    kv: Annotated[bool, option("--kv", "Measure the KV cache. Weights cannot be calibrated yet.")] = False,
+    kv: Annotated[bool, option("--kv", "Measure the KV cache.")] = False,
     calib: Annotated[
         Path | None, option("--calib", "A UTF-8 text file to read. Default: speeches that come with kvant.")
     ] = None,
@@ -109,7 +109,9 @@ def calibrate(
     a text of your own, which is used where you name DIR, or for other tools: they get static scales.
     """  # noqa: D301
     if not kv:
-        raise ConfigError("say what to calibrate: --kv measures the KV cache; weights cannot be calibrated yet")
+        raise ConfigError(
+            "say what to calibrate: --kv measures the KV cache; weights are calibrated as `kvant quantize` reads them"
+        )
     layouts = tuple(dict.fromkeys(layout or [LayoutName.VLLM]))
     with reading_progress() as progress:
         # Imported here: it needs torch.

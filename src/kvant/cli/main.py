@@ -12,7 +12,7 @@ from typer.main import get_command
 from kvant import __version__
 from kvant.errors import KvantError
 
-VERBS = ("chat", "serve", "quantize", "eval", "calibrate", "extract-scales", "models", "env")
+VERBS = ("chat", "serve", "quantize", "lite", "eval", "calibrate", "extract-scales", "models", "env")
 
 
 class _Verbs(TyperGroup):

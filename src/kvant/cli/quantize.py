@@ -9,6 +9,7 @@ import typer
 
 from kvant.cli.flags import ModelArgument, option
 from kvant.cli.progress import layer_progress
+from kvant.errors import ConfigError
 from kvant.quantize.recipe import FORMAT_NAMES, METHOD_NAMES, Recipe
 
 if TYPE_CHECKING:
@@ -69,11 +70,28 @@ def quantize(
         seqlen=seqlen,
         ignore=tuple(ignore or ()),
     )
-    run(model, out, recipe, None if calib == BUNDLED else Path(calib), num_threads)
+    run(model, out, recipe, calib, num_threads)
 
 
-def run(model: str | None, out: Path, recipe: Recipe, calib: Path | None, num_threads: int | None) -> None:
+def calibration_file(name: str) -> Path | None:
+    """The file that a text is read from; None for the one that comes with kvant.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if name == BUNDLED:
+        return None
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"calibration text {name!r}: there is no such file; kvant downloads no data sets, give a file"
+        )
+    return path
+
+
+def run(model: str | None, out: Path, recipe: Recipe, calib: str, num_threads: int | None = None) -> None:
     """Quantize, showing how far it is and what came of it."""
+    text = calibration_file(calib)
     with layer_progress() as progress:
         # Imported here: it needs torch.
         from kvant.evaluate.texts import read_text
@@ -81,7 +99,7 @@ def run(model: str | None, out: Path, recipe: Recipe, calib: Path | None, num_th
 
         try:
             outcome = quantize_model(
-                model, out, recipe, calib=calib, unseen=read_text(None), num_threads=num_threads, progress=progress
+                model, out, recipe, calib=text, unseen=read_text(None), num_threads=num_threads, progress=progress
             )
         except KeyboardInterrupt:
             typer.echo("interrupted; the same command goes on from here", err=True)

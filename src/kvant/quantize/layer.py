@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from kvant.errors import NotFiniteError, UnsupportedModelError
 from kvant.models.layers import LayerWeights, Linear, Products
 from kvant.quantize.chunked import ChunkedOps
 from kvant.quantize.folds import Fold
@@ -85,7 +87,8 @@ class LayerQuantizer:
         for kind, linear in layer.linears.items():
             solution = Solution("none", linear.weight)
             if kind in self.specs:
-                solution, error = self._solve(self.specs[kind], linear, stored, folds.get(kind), inputs)
+                with _named(kind):
+                    solution, error = self._solve(self.specs[kind], linear, stored, folds.get(kind), inputs)
                 reports.append(self._report(index, kind, solution, error, folds.get(kind)))
             if solution.scale is not None:
                 stored = folds[kind].applied(stored, solution.scale)
@@ -128,6 +131,15 @@ class LayerQuantizer:
             divided=None if fold is None or solution.scale is None else fold.producer,
             refused=fold is None,
         )
+
+
+@contextmanager
+def _named(kind: str) -> Iterator[None]:
+    """Errors with the name of the linear that they came from."""
+    try:
+        yield
+    except (NotFiniteError, UnsupportedModelError) as error:
+        raise type(error)(f"{kind}: {error}") from error
 
 
 def _proceed(products: Products[tuple[Tensor, Tensor]], product: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvant.formats.weight import PackedWeight
 from kvant.quantize.awq import awq_scale
+from kvant.quantize.descent import descend
 from kvant.quantize.gptq import gptq
 from kvant.quantize.grid import Grid, GridSpec
 from kvant.quantize.moments import Moments
@@ -102,8 +103,18 @@ def _after_scaling(name: str, method: Method) -> Method:
     return solve
 
 
-_awq = _after_scaling("awq", _rtn)
-_CONTENDERS: tuple[Method, ...] = (_gptq, _awq, _after_scaling("awq+gptq", _gptq))
+def _gptq_descent(problem: Problem) -> Solution:
+    weight = gptq(problem.weight, problem.inputs, problem.spec)
+    return Solution("gptq+descent", descend(problem.weight, weight, problem.inputs, problem.spec))
+
+
+def _awq(problem: Problem) -> Solution:
+    # Factors are chosen for plain ranges, and may be of no use once ranges are fitted.
+    contenders = (_after_scaling("awq", _rtn)(problem), replace(_rtn(problem), method="awq"))
+    return min(contenders, key=lambda it: it.error(problem, problem.inputs))
+
+
+_CONTENDERS: tuple[Method, ...] = (_gptq_descent, _awq, _after_scaling("awq+gptq+descent", _gptq_descent))
 
 
 def _auto(problem: Problem) -> Solution:

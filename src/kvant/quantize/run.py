@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvant.errors import ConfigError, NotFiniteError
+from kvant.errors import ConfigError, NotFiniteError, UnsupportedModelError
 from kvant.models.families import family_of, model_spec
 from kvant.models.layers import LayerWeights, Linear
 from kvant.models.spec import ModelSpec
@@ -177,10 +177,10 @@ class _Run:
         try:
             result, calibration = quantizer(index, layer, folds, streams.calibration)
         except NotFiniteError as error:
-            raise NotFiniteError(
-                f"layer {index} of {self.source.path}: {error}; the model cannot be quantized on this text: give "
-                "another, or check the model's files"
-            ) from error
+            remedy = "the model cannot be quantized on this text: give another text, or check the model's files"
+            raise NotFiniteError(f"layer {index} of {self.source.path}: {error}; {remedy}") from error
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"layer {index} of {self.source.path}: {error}") from error
         rounded = _prepared(result.weights)
         quantized = [self.reader.layer(index, rounded, hidden) for hidden in streams.quantized]
         return Streams(calibration, original, quantized), result
