@@ -12,7 +12,7 @@ from typer.main import get_command
 from kvant import __version__
 from kvant.errors import KvantError
 
-VERBS = ("chat", "serve", "eval", "calibrate", "extract-scales", "models", "env")
+VERBS = ("chat", "serve", "eval", "convert", "calibrate", "extract-scales", "models", "env")
 
 
 class _Verbs(TyperGroup):
@@ -66,6 +66,7 @@ def kvant(
     kvant serve smollm2 --kv-cache-dtype int8
                                            a server for OpenAI clients
     kvant eval smollm2                     what a smaller KV cache costs
+    kvant convert smollm2 -o DIR           repack it once, to start in a moment
     kvant calibrate smollm2 --kv -o DIR    measure it on a text of your own
 
     Each flag has a twin in the environment, which its help names: --kv-cache-dtype is KVANT_KV_CACHE_DTYPE.
