@@ -107,8 +107,8 @@ def _without_noise(engine: EngineConfig, source: TensorSource) -> EngineConfig:
         return dataclasses.replace(engine, weights="dense")
     if source.made.weights == "auto" and source.is_quantized():
         raise ConfigError(
-            f"{source.path} is a converted model. What a KV cache costs is measured with expanded weights, which it does "
-            "not have any more; use the model it was made from"
+            f"{source.path} is a converted model, whose weights cannot be expanded any more; what a KV cache costs is "
+            "measured so. Use the model it was made from."
         )
     return engine
 
