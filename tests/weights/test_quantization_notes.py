@@ -1,4 +1,4 @@
-"""A checkpoint with scales for its KV cache and plain weights loads as one without; quantized weights do not."""
+"""Scales for a KV cache beside plain weights change nothing; weights quantized in unknown ways are refused."""
 
 from __future__ import annotations
 
@@ -67,26 +67,32 @@ def test_scales_written_into_a_checkpoint_are_found_there_and_it_still_loads(tmp
 
 
 FP8_WEIGHTS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}}
+FP8 = {"format": "float-quantized", "config_groups": FP8_WEIGHTS}
 
 
 @pytest.mark.parametrize(
     ("config", "note", "says"),
     [
-        (COMPRESSED | {"config_groups": FP8_WEIGHTS}, None, "compressed-tensors"),
-        (COMPRESSED | {"sparsity_config": {"format": "sparse-bitmask"}}, None, "compressed-tensors"),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, None, "modelopt"),
-        ({"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4"}}, None, "modelopt"),
-        (None, MODELOPT | {"quantization": {"quant_algo": "FP8"}}, "modelopt"),
-        (COMPRESSED, MODELOPT | {"quantization": {"quant_algo": "FP8"}}, "modelopt"),
-        ({"quant_method": "gptq", "bits": 4}, None, "gptq"),
-        ({"kv_cache_scheme": SCHEME}, None, "unknown"),
+        (COMPRESSED | FP8, None, "'float-quantized' is not read; kvant reads .*pack-quantized"),
+        (COMPRESSED | FP8 | {"format": "naive-quantized"}, None, "weights of type 'float', 8 bits"),
+        (
+            COMPRESSED | {"format": "dense", "sparsity_config": {"format": "sparse-bitmask"}},
+            None,
+            "'dense' is not read",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, None, "by 'modelopt' are not read; kvant reads awq, gptq"),
+        ({"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4"}}, None, "by 'modelopt'"),
+        (None, MODELOPT | {"quantization": {"quant_algo": "FP8"}}, "by 'modelopt'"),
+        (COMPRESSED, MODELOPT | {"quantization": {"quant_algo": "FP8"}}, "by 'modelopt'"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, None, "by 'bitsandbytes'"),
+        ({"kv_cache_scheme": SCHEME}, None, "by 'unknown'"),
     ],
 )
-def test_quantized_weights_are_refused_by_the_name_of_their_method(tmp_path, config, note, says):
+def test_weights_quantized_in_other_ways_are_refused_by_the_name_of_their_method(tmp_path, config, note, says):
     path = write_checkpoint(tmp_path, quantization_config=config)
     if note is not None:
         (path / "hf_quant_config.json").write_text(json.dumps(note))
-    with pytest.raises(UnsupportedModelError, match=rf"quantized checkpoints \({says}\)"):
+    with pytest.raises(UnsupportedModelError, match=says):
         load(path)
 
 

@@ -110,7 +110,7 @@ class PackedWeight:
     def codes(self) -> Tensor:
         """A quantized weight's codes, one a byte: [N, K] uint8."""
         q = self.planes["q"].data
-        return q if self.bits == 8 else torch.stack([q & 15, q >> 4], dim=-1).flatten(1)
+        return q if self.bits == 8 else unpair(q)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The values [N, K], computed in float32 and rounded to `dtype`; a dense weight of that dtype is not copied."""
@@ -129,6 +129,15 @@ class PackedWeight:
     def rows(self, index: slice | Tensor) -> PackedWeight:
         """The same weight with only these output rows, in this order."""
         return replace(self, planes={name: replace(p, data=p.data[index]) for name, p in self.planes.items()})
+
+    def times(self, factors: Tensor) -> PackedWeight:
+        """The same weight with each output row multiplied by a factor, [N]: rounded as its values or scales are."""
+        changed = {
+            name: replace(plane, data=(plane.data.float() * factors.unsqueeze(1)).to(plane.data.dtype))
+            for name, plane in self.planes.items()
+            if name in ("weight", "scale", "bias")
+        }
+        return replace(self, planes=self.planes | changed)
 
     def columns(self, start: int, stop: int) -> PackedWeight:
         """The same weight over the inputs [start, stop); both must fall on every plane's span, or on the end.
@@ -181,6 +190,11 @@ class PackedWeight:
 def pair(codes: Tensor) -> Tensor:
     """4-bit codes [N, K] uint8 -> two to a byte, the even column below: [N, K / 2]."""
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpair(q: Tensor) -> Tensor:
+    """Bytes [..., n] uint8 -> the 4-bit codes in them, the low nibble first: [..., 2n]."""
+    return torch.stack([q & 15, q >> 4], dim=-1).flatten(-2)
 
 
 def _values(weight: PackedWeight) -> Tensor:

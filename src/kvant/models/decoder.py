@@ -10,7 +10,7 @@ from torch import Tensor
 from kvant.formats.kv import KVLayer
 from kvant.kernels.ops import AttentionBatch, Ops
 from kvant.models.fused import fuse
-from kvant.models.layers import DecoderWeights, TokenContext, attention_shape, decoder_layer, log_n_scale
+from kvant.models.layers import DecoderWeights, TokenContext, attention_shape, computed, decoder_layer, log_n_scale
 from kvant.models.rope import RotaryEmbedding
 from kvant.models.spec import ModelSpec
 
@@ -50,7 +50,8 @@ class Decoder:
         residual = torch.zeros_like(x)
         for layer, weights, kv in zip(spec.layers, self._weights.layers, cache, strict=True):
             tokens = TokenContext(batch, rotary[layer.rope] if layer.rope else None, query_scale)
-            x, residual = decoder_layer(ops, x, residual, weights, spec, attention_shape(spec, layer), kv, tokens)
+            shape = attention_shape(spec, layer)
+            x, residual = computed(ops, decoder_layer(ops, x, residual, weights, spec, shape, kv, tokens))
         return ops.add_rms_norm(x, residual, self._weights.norm, spec.rms_eps)[0]
 
     @torch.inference_mode()

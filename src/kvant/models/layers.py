@@ -1,9 +1,14 @@
-"""The decoder's parts: their weights, and how they are applied."""
+"""The decoder's parts: their weights, and how they are applied.
+
+A layer is a coroutine: it asks for each product of a linear layer, and whoever runs it gives the answer. The engine
+computes them one after the other (`computed`); quantizing stops there, to look at the inputs of many texts first.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,6 +58,25 @@ class LayerWeights:
     post_attention_norm: Tensor | None = None
     post_mlp_norm: Tensor | None = None
 
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """The layer's matrices by name, in the order in which they are applied."""
+        return {
+            "qkv": self.attention.qkv,
+            "out": self.attention.out,
+            "gate_up": self.mlp.gate_up,
+            "down": self.mlp.down,
+        }
+
+    def with_linears(self, **changed: Linear) -> LayerWeights:
+        """The same layer with some of them replaced."""
+        linears = self.linears | changed
+        return replace(
+            self,
+            attention=replace(self.attention, qkv=linears["qkv"], out=linears["out"]),
+            mlp=MlpWeights(linears["gate_up"], linears["down"]),
+        )
+
 
 @dataclass(frozen=True)
 class DecoderWeights:
@@ -62,6 +86,11 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: Linear
+
+
+T = TypeVar("T")
+# Asks for `linear`'s product with x, is sent it, and returns a T at last.
+Products = Generator[tuple[Linear, Tensor], Tensor, T]
 
 
 @dataclass(frozen=True)
@@ -82,13 +111,13 @@ def decoder_layer(
     shape: AttentionShape,
     cache: KVLayer,
     tokens: TokenContext,
-) -> tuple[Tensor, Tensor]:
+) -> Products[tuple[Tensor, Tensor]]:
     """One layer of the decoder: x [T, hidden], what the one before adds to its residual -> the same of this layer."""
     h, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps)
-    x = attention(ops, h, weights.attention, shape, spec.rms_eps, cache, tokens)
+    x = yield from attention(ops, h, weights.attention, shape, spec.rms_eps, cache, tokens)
     x = _post_norm(ops, x, weights.post_attention_norm, spec.rms_eps)
     h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps)
-    x = mlp(ops, h, weights.mlp, spec.activation)
+    x = yield from mlp(ops, h, weights.mlp, spec.activation)
     return _post_norm(ops, x, weights.post_mlp_norm, spec.rms_eps), residual
 
 
@@ -104,22 +133,34 @@ def attention(
     eps: float,
     cache: KVLayer,
     tokens: TokenContext,
-) -> Tensor:
+) -> Products[Tensor]:
     """Project, norm the heads, rotate and write, attend, project back: [T, hidden] -> [T, hidden]."""
     heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    qkv = weights.qkv(ops, x).unflatten(-1, (heads + 2 * groups, dim))
+    qkv = (yield weights.qkv, x).unflatten(-1, (heads + 2 * groups, dim))
     q, k, v = qkv.split([heads, groups, groups], dim=1)
     if weights.q_norm is not None and weights.k_norm is not None:
         q, k = ops.rms_norm(q, weights.q_norm, eps), ops.rms_norm(k, weights.k_norm, eps)
     q = ops.rope_write_kv(q, k, v, tokens.rotary, cache, tokens.batch)
     if tokens.query_scale is not None:
         q = q * tokens.query_scale.to(q.dtype)
-    return weights.out(ops, ops.attention(q, cache, tokens.batch, shape).flatten(1))
+    return (yield weights.out, ops.attention(q, cache, tokens.batch, shape).flatten(1))
 
 
-def mlp(ops: Ops, x: Tensor, weights: MlpWeights, activation: str) -> Tensor:
+def mlp(ops: Ops, x: Tensor, weights: MlpWeights, activation: str) -> Products[Tensor]:
     """down(act(gate(x)) * up(x)): [T, hidden] -> [T, hidden]."""
-    return weights.down(ops, ops.gated(weights.gate_up(ops, x), activation))
+    gate_up = yield weights.gate_up, x
+    return (yield weights.down, ops.gated(gate_up, activation))
+
+
+def computed(ops: Ops, products: Products[T]) -> T:
+    """What comes of it when each product is computed as it is asked for."""
+    try:
+        linear, x = next(products)
+        while True:
+            linear, x = products.send(linear(ops, x))
+    except StopIteration as end:
+        result: T = end.value
+        return result
 
 
 def attention_shape(spec: ModelSpec, layer: LayerSpec) -> AttentionShape:

@@ -193,7 +193,8 @@ class WeightLoader:
     def head(self) -> Linear:
         """The output head; the embedding once more where it is tied to it."""
         name = self.names.embedding if self.spec.tied_embeddings else self.names.head
-        return self._linear([self.matrices.read(name, self._vocabulary)], [])
+        bias = read_vector(self.source, f"{name}.bias", self.spec.vocab_size, self.matrices.dtype)
+        return self._linear([self.matrices.read(name, self._vocabulary)], [bias])
 
     def norm(self) -> Tensor:
         """The last norm [hidden] float32."""
@@ -239,6 +240,9 @@ class WeightLoader:
 
     def _linear(self, weights: list[PackedWeight], biases: list[Tensor | None]) -> Linear:
         present = [bias for bias in biases if bias is not None]
+        # Some quantizers write biases of zeros for projections that have none.
+        if not any(bool(bias.any()) for bias in present):
+            present = []
         if present and len(present) < len(biases):
             raise CorruptModelError(
                 f"{self.source.path}: some projections have a bias where others of the layer have none"

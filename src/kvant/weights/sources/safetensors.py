@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,12 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvant.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
+from kvant.formats.weight import PackedWeight
 from kvant.models.families import Family, Names
+from kvant.weights.codecs.choice import codec_for
+from kvant.weights.codecs.codec import StoredModule, StoredTensor, object_of
 from kvant.weights.source import TensorSource
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# With these methods, a checkpoint may have a quantized KV cache and nothing else.
-_KEEP_PLAIN_WEIGHTS = ("compressed-tensors", "modelopt")
+# Where quantizers kept their settings before config.json had a place for them.
+_OLDER_NOTES = MappingProxyType({"quantize_config.json": "gptq", "quant_config.json": "awq"})
+_DENSE = ("F64", "F32", "F16", "BF16")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,7 +44,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class SafetensorsSource(TensorSource):
-    """A directory with config.json and *.safetensors. Pickled weights are refused: they can run code when read."""
+    """A directory with config.json and *.safetensors. Pickled weights are refused: they can run code when read.
+
+    A module that is quantized appears as the matrix that it means, `<module>.weight`.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -48,11 +56,8 @@ class SafetensorsSource(TensorSource):
         self.metadata: dict[str, Any] = {}
         if not self.config:
             raise ModelNotFoundError(f"{path} holds no config.json; give a model directory or a .gguf file")
-        if (method := weight_quantization(path)) is not None:
-            raise UnsupportedModelError(
-                f"{path}: quantized checkpoints ({method}) cannot be loaded yet; use 16-bit weights"
-            )
-        self._files = [open_safetensors(file) for file in self._shards()]
+        self._codec = codec_for(quantization_notes(path), path)
+        self._files = {file: open_safetensors(file) for file in self._shards()}
 
     def _shards(self) -> list[Path]:
         if files := safetensors_files(self.path):
@@ -64,17 +69,36 @@ class SafetensorsSource(TensorSource):
         raise ModelNotFoundError(f"{self.path} holds no *.safetensors file")
 
     @cached_property
-    def _homes(self) -> dict[str, tuple[Any, str]]:
-        """Our tensor name -> the open file and the name in it. Multimodal files put the text model under a prefix."""
-        homes = {}
-        for file in self._files:
-            for stored in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                homes[text_model_name(stored)] = (file, stored)
-        return homes
+    def _stored(self) -> dict[str, StoredTensor]:
+        """Our name of every stored tensor -> it. Multimodal files put the text model under a prefix."""
+        return {
+            text_model_name(stored): _stored_tensor(path, file, stored)
+            for path, file in self._files.items()
+            for stored in file.keys()  # noqa: SIM118 - a safetensors file is no mapping
+        }
+
+    @cached_property
+    def _modules(self) -> dict[str, StoredModule]:
+        """Quantized modules by the name that their matrix has."""
+        if self._codec is None:
+            return {}
+        found: dict[str, dict[str, StoredTensor]] = {}
+        for name, tensor in self._stored.items():
+            module, _, part = name.rpartition(".")
+            if part in self._codec.parts:
+                found.setdefault(module, {})[part] = tensor
+        return {f"{name}.weight": _module(parts) for name, parts in found.items() if self._codec.owns(parts)}
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(file.get_slice(stored).get_shape()) for name, (file, stored) in self._homes.items()}
+        hidden = {tensor.name for module in self._modules.values() for tensor in module.parts.values()}
+        shapes = {name: tensor.shape for name, tensor in self._stored.items() if tensor.name not in hidden}
+        for name, module in self._modules.items():
+            if name in shapes:
+                raise CorruptModelError(f"{self._stored[name].file}: {name!r} lies beside a quantized form of itself")
+            assert self._codec is not None
+            shapes[name] = self._codec.shape(module)
+        return shapes
 
     def files(self) -> list[Path]:
         return [self.path / "config.json", *safetensors_files(self.path)]
@@ -83,16 +107,35 @@ class SafetensorsSource(TensorSource):
         return self._shapes
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        file, stored = self._homes[name]
-        tensor: Tensor = file.get_tensor(stored)
-        if not tensor.is_floating_point():
+        if (weight := self.packed(name)) is not None:
+            return weight.dequantize(dtype)
+        stored = self._stored[name]
+        if stored.dtype not in _DENSE:
             raise UnsupportedModelError(
-                f"{self.path}: tensor {stored!r} holds {tensor.dtype}, not floating-point weights"
+                f"{stored.file}: tensor {stored.name!r} holds {stored.dtype}, not weights of 16 or 32 bits"
             )
-        return tensor.to(dtype)
+        return stored.read().to(dtype)
+
+    def packed(self, name: str) -> PackedWeight | None:
+        module = self._modules.get(name)
+        return None if module is None or self._codec is None else self._codec.decode(module)
+
+    def packed_bits(self, name: str) -> float | None:
+        module = self._modules.get(name)
+        return None if module is None or self._codec is None else self._codec.bits(module)
 
     def names_of(self, family: Family) -> Names:
         return family.names
+
+
+def _stored_tensor(path: Path, file: Any, stored: str) -> StoredTensor:
+    view = file.get_slice(stored)
+    return StoredTensor(path, stored, tuple(view.get_shape()), view.get_dtype(), partial(file.get_tensor, stored))
+
+
+def _module(parts: Mapping[str, StoredTensor]) -> StoredModule:
+    name = next(iter(parts.values())).name
+    return StoredModule(name.rpartition(".")[0], parts)
 
 
 def safetensors_files(directory: Path) -> list[Path]:
@@ -132,7 +175,8 @@ def text_model_name(stored: str) -> str:
 
 
 def quantization_notes(directory: Path) -> list[dict[str, Any]]:
-    """What a checkpoint's files say of its quantization: config.json's quantization_config, hf_quant_config.json.
+    """What a checkpoint's files say of its quantization: config.json's quantization_config, hf_quant_config.json; where
+    both are silent, the files that quantizers wrote before.
 
     A nested "quantization", as ModelOpt writes it, is laid over the rest of its note.
 
@@ -146,28 +190,6 @@ def quantization_notes(directory: Path) -> list[dict[str, Any]]:
     for name, note in notes.items():
         if note is not None and not isinstance(note, dict):
             raise CorruptModelError(f"{directory / name}: quantization_config must be an object, not {note!r:.40}")
-    return [{**note, **_object(note, "quantization")} for note in notes.values() if note]
-
-
-def weight_quantization(directory: Path) -> str | None:
-    """How the checkpoint's weights are quantized; None for plain ones, beside which scales for a KV cache may lie.
-
-    Raises:
-        CorruptModelError: what the files say of it cannot be read.
-    """
-    for note in quantization_notes(directory):
-        method = note.get("quant_method") or _object(note, "producer").get("name") or "unknown"
-        groups = _object(note, "config_groups")
-        quantized = note.get("quant_algo") or any(_object(groups, name).get("weights") for name in groups)
-        sparse = _object(note, "sparsity_config").get("format", "dense") != "dense"
-        if method not in _KEEP_PLAIN_WEIGHTS or quantized or sparse:
-            return str(method)
-    return None
-
-
-def _object(holder: dict[str, Any], key: str) -> dict[str, Any]:
-    """The object under a key, empty where it is absent or null."""
-    value = holder.get(key) or {}
-    if not isinstance(value, dict):
-        raise CorruptModelError(f"the checkpoint's quantization: {key!r} must be an object, not {value!r:.40}")
-    return value
+    found = [{**note, **object_of(note, "quantization")} for note in notes.values() if note]
+    older = [{"quant_method": method, **read_json(directory / name)} for name, method in _OLDER_NOTES.items()]
+    return found or [note for note in older if len(note) > 1][:1]
