@@ -33,6 +33,8 @@ from tests.engine.checkpoint import write_checkpoint
 from tests.families.configs import TINIES
 from tests.families.tiny import build
 from tests.support import NATIVE, SingleText
+from tests.weights.codecs.checkpoints import llama
+from tests.weights.codecs.test_models import MODELS
 
 # Between them: biases of all linears, norms of heads and after blocks, tied embeddings, fused and grouped projections.
 FAMILIES = ("llama-bias", "qwen3-bias", "gemma-2", "gemma-3-1b", "phi-4-mini", "internlm2", "qwen-v1")
@@ -95,6 +97,20 @@ def test_every_family_gives_the_same_bits(native, family, dtype, tmp_path):
     mapped = load_model(made(path, tmp_path / "out", native(), dtype=dtype), dtype="auto", ops=native())
     assert torch.equal(logits(mapped), logits(direct))
     assert (mapped.spec, mapped.dtype, mapped.eos_token_ids) == (direct.spec, direct.dtype, direct.eos_token_ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_quantized_checkpoint_gives_the_same_bits(native, name, tmp_path):
+    torch.manual_seed(0)
+    path = llama(tmp_path / "m", *MODELS[name], intermediate_size=64).quantized
+    shutil.copy(write_checkpoint(tmp_path / "tokenizer") / "tokenizer.json", path)
+    for backend, ops in (("cpu", native()), ("cuda", Device())):
+        direct = load_model(path, dtype="float32", ops=ops)
+        out = made(path, tmp_path / backend, ops, dtype="float32", backend=backend)
+        assert torch.equal(logits(load_model(out, dtype="auto", ops=ops)), logits(direct))
+    exact = logits(load_model(path, dtype="float32", ops=ReferenceOps(), weights="dense"))
+    rounded = logits(load_model(path, dtype="float32", ops=native()))
+    assert (rounded - exact).norm() <= 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("isa", NATIVE)
@@ -363,6 +379,15 @@ def test_what_was_killed_is_written_over(native, wide, tmp_path):
     out = made(wide, tmp_path / "out", native())
     assert list(tmp_path.iterdir()) == [out]
     assert not (out / "rank-7.bin").exists()
+
+
+def test_the_unfinished_work_of_others_is_left_alone(native, wide, tmp_path):
+    theirs = tmp_path / "out.partial" / "model-00001-of-00004.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"hours")
+    with pytest.raises(ConfigError, match="holds 'model-00001-of-00004.safetensors', which no conversion left"):
+        made(wide, tmp_path / "out", native())
+    assert theirs.read_bytes() == b"hours"
 
 
 def test_nothing_is_written_over_and_nothing_converted_twice(native, wide, converted, tmp_path):

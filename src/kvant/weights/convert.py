@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -31,6 +32,8 @@ from kvant.weights.workspace import LAYOUTS, Made, ShardWriter, WorkspaceSource,
 
 Backend = Literal["cpu", "cuda"]
 Progress = Callable[[int, int], None]
+
+_OURS = re.compile(r"rank-\d+\.bin|(workspace|tokenizer|tokenizer_config|generation_config)\.json")
 
 
 def silent(done: int, total: int) -> None:
@@ -83,7 +86,7 @@ def convert(
     writer = _writer(source, target, ops)
     partial = directory.with_name(directory.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+        _clear(partial)
         partial.mkdir(parents=True)
         try:
             _write_text(source, partial, {**(generation or {}), **source.generation})
@@ -95,6 +98,18 @@ def convert(
         raise ConfigError(
             f"{directory} cannot be written: {error}; make room there, or choose another place"
         ) from error
+
+
+def _clear(partial: Path) -> None:
+    """Take away what a conversion left that was killed; something else may be somebody's work."""
+    if not partial.exists():
+        return
+    if foreign := sorted(path.name for path in partial.iterdir() if not _OURS.fullmatch(path.name)):
+        raise ConfigError(
+            f"{partial}, where the conversion is to be written first, holds {foreign[0]!r}, which no conversion left; "
+            "remove that directory, or choose another place"
+        )
+    shutil.rmtree(partial)
 
 
 def _write_text(source: TensorSource, directory: Path, generation: Mapping[str, Any]) -> None:

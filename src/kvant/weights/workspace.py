@@ -114,7 +114,7 @@ class ShardWriter:
     def _append(self, tensor: Tensor) -> dict[str, Any]:
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        self._file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         dtype = str(tensor.dtype).removeprefix("torch.")
         return {"dtype": dtype, "shape": list(tensor.shape), "offset": offset, "nbytes": tensor.nbytes}
 
