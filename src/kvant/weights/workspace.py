@@ -180,10 +180,13 @@ class WorkspaceSource(TensorSource):
         self.metadata: dict[str, Any] = {}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {}
+        raise self._refusal()
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        raise UnsupportedModelError(
+        raise self._refusal()
+
+    def _refusal(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
             f"{self.path} is a converted model, whose weights cannot be read any more; use the model it was made from"
         )
 
