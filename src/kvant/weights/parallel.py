@@ -1,7 +1,8 @@
 """Which part of each weight a tensor-parallel rank holds: the one place that knows.
 
 Rank r of n has the r-th n-th of the attention heads and of the MLP's units: those rows of qkv and gate_up, and those
-columns of out and down, whose results the ranks add up. Norms are on every rank.
+columns of out and down, whose results the ranks add up. Norms are on every rank. Where a layer rounds its inputs by
+each token's largest, a rank that has a part of the inputs takes the largest of that.
 """
 
 from __future__ import annotations
