@@ -32,8 +32,8 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(
         envvar="KVANT_MODEL",
-        help="A name from `kvant models`, a .gguf file, a directory with config.json and safetensors, or a hub id "
-        "(org/name). Default: smollm2.",
+        help="A name from `kvant models`, a .gguf file, a directory with config.json and safetensors, what "
+        "`kvant convert` wrote, or a hub id (org/name). Default: smollm2.",
     ),
 ]
 

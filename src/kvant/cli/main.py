@@ -12,7 +12,7 @@ from typer.main import get_command
 from kvant import __version__
 from kvant.errors import KvantError
 
-VERBS = ("chat", "serve", "quantize", "lite", "eval", "calibrate", "extract-scales", "models", "env")
+VERBS = ("chat", "serve", "quantize", "lite", "convert", "eval", "calibrate", "extract-scales", "models", "env")
 
 
 class _Verbs(TyperGroup):
@@ -67,6 +67,7 @@ def kvant(
                                            a server for OpenAI clients
     kvant quantize smollm2 -o OUT          its weights in 4 bits, and what that costs
     kvant eval smollm2                     what a smaller KV cache costs
+    kvant convert smollm2 -o DIR           repack it once, to start in a moment
     kvant calibrate smollm2 --kv -o DIR    measure it on a text of your own
 
     Each flag has a twin in the environment, which its help names: --kv-cache-dtype is KVANT_KV_CACHE_DTYPE.

@@ -57,7 +57,9 @@ class Core:
             raise ConfigError(
                 f"max_model_len={config.max_model_len} exceeds the {spec.max_position} tokens this model is made for"
             )
-        self.memory: MemoryReport = fit_pool(config, spec.kv_shape, plan, spec.max_position, available_memory())
+        # Mapped weights will take theirs when they are used.
+        free = max(available_memory() - model.mapped_bytes, 0)
+        self.memory: MemoryReport = fit_pool(config, spec.kv_shape, plan, spec.max_position, free)
         self.max_model_len = config.max_model_len or min(spec.max_position, self.memory.tokens)
         self.prefix_caching = config.enable_prefix_caching
         self._model = model

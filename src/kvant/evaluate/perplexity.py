@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvant.config import EngineConfig
-from kvant.errors import NotFiniteError
+from kvant.errors import ConfigError, NotFiniteError
 from kvant.evaluate.rows import Row, summarize
 from kvant.evaluate.texts import BUNDLED_TEXT, check_windows, read_text
 from kvant.formats.kv import KVFormat, KVPlan, resolve_kv_format
@@ -29,7 +29,9 @@ from kvant.quantize.texts import Window, cut_windows
 from kvant.text.tokenizer import Tokenizer
 from kvant.weights.load import LoadedModel, open_source
 from kvant.weights.locate import DEFAULT_MODEL, locate
+from kvant.weights.source import TensorSource
 from kvant.weights.tokenizer import read_tokenizer
+from kvant.weights.workspace import WorkspaceSource
 
 BASELINE = "auto"
 
@@ -81,7 +83,7 @@ def compare_kv_formats(
     engine = engine or EngineConfig()
     content, path = read_text(text), locate(model)
     source = open_source(path)
-    spec = model_spec(source.config)
+    spec, kept = model_spec(source.config), _without_noise(engine, source)
     for name in formats:  # all that can be told early is told before the weights are read
         check_kv_settings(dataclasses.replace(engine, kv_cache_dtype=name), spec, torch.float32)
     check_windows(windows, window_size, spec.max_position)
@@ -89,15 +91,27 @@ def compare_kv_formats(
     pieces = cut_windows(content, tokenizer, windows, window_size)
     if engine.num_threads is not None:
         torch.set_num_threads(engine.num_threads)
-    loaded = load_configured(source, _without_noise(engine))
+    loaded = load_configured(source, kept)
     rows = compare_kv(loaded, _plans(engine, formats, loaded, tokenizer), pieces, progress)
     dtype = str(loaded.dtype).removeprefix("torch.")
     return Comparison(_shown(model or DEFAULT_MODEL), _shown(text or BUNDLED_TEXT), engine, dtype, rows)
 
 
-def _without_noise(engine: EngineConfig) -> EngineConfig:
-    """Stored blocks expanded: kernels that compute on them round activations, which covers what a good format costs."""
-    return dataclasses.replace(engine, weights="dense") if engine.weights == "auto" else engine
+def _without_noise(engine: EngineConfig, source: TensorSource) -> EngineConfig:
+    """Stored blocks expanded: kernels that compute on them round activations, which covers what a good format costs.
+
+    Weights that the user had rounded stay so, when they are loaded and in a converted model.
+    """
+    if engine.weights != "auto":
+        return engine
+    if not isinstance(source, WorkspaceSource):
+        return dataclasses.replace(engine, weights="dense")
+    if source.made.weights == "auto" and source.is_quantized():
+        raise ConfigError(
+            f"{source.path} is a converted model, whose weights cannot be expanded any more; what a KV cache costs is "
+            "measured so. Use the model it was made from."
+        )
+    return engine
 
 
 def _shown(name: str | Path) -> str:

@@ -273,7 +273,7 @@ def family_of(config: Config) -> Family:
         CorruptModelError: the config names no architecture.
     """
     architectures = config.get("architectures") or []
-    if not architectures:
+    if not architectures or not isinstance(architectures, list) or not all(type(name) is str for name in architectures):
         raise CorruptModelError("config.json names no architecture; kvant needs its 'architectures' entry")
     for family in FAMILIES:
         if set(architectures) & set(family.architectures):

@@ -19,9 +19,12 @@ from kvant.models.families import Names, family_of, model_spec
 from kvant.models.layers import AttentionWeights, DecoderWeights, LayerWeights, Linear, MlpWeights
 from kvant.models.spec import ModelSpec
 from kvant.weights.codecs.plain import read_vector
+from kvant.weights.locate import WORKSPACE_HEADER
+from kvant.weights.mapped import check_request, mapped_weights
 from kvant.weights.matrices import MatrixReader, Rounding
 from kvant.weights.parts import FusedLinear, fused_linears
 from kvant.weights.source import TensorSource
+from kvant.weights.workspace import WorkspaceSource
 
 # What checkpoints carry for a quantized KV cache: constants of queries, keys and values, no weights.
 _CACHE_CONSTANTS = (
@@ -38,6 +41,7 @@ class LoadedModel:
 
     Attributes:
         rounding: the name of the rounding that its matrices went through, if any.
+        mapped_bytes: of weights that lie in a mapped file, which takes memory only as they are used.
     """
 
     decoder: Decoder
@@ -45,6 +49,7 @@ class LoadedModel:
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     rounding: str | None
+    mapped_bytes: int = 0
 
     @property
     def spec(self) -> ModelSpec:
@@ -53,7 +58,7 @@ class LoadedModel:
 
 
 def open_source(path: Path) -> TensorSource:
-    """The checkpoint at a path: a .gguf file or an HF directory.
+    """The checkpoint at a path: a .gguf file, an HF directory or a converted model.
 
     Raises:
         ModelNotFoundError, CorruptModelError, UnsupportedModelError: with the cause.
@@ -66,6 +71,8 @@ def open_source(path: Path) -> TensorSource:
         from kvant.weights.sources.gguf import GgufSource
 
         return GgufSource(path)
+    if (path / WORKSPACE_HEADER).is_file():
+        return WorkspaceSource(path)
     from kvant.weights.sources.safetensors import SafetensorsSource
 
     return SafetensorsSource(path)
@@ -82,7 +89,7 @@ def load_model(
     """Read a checkpoint into a decoder.
 
     Args:
-        checkpoint: a .gguf file or an HF directory, or one that is open.
+        checkpoint: a .gguf file, an HF directory or a converted model, or one that is open.
         dtype: of activations and dense weights; "auto" as `EngineConfig.dtype` says.
         ops: the backend that the weights are prepared for.
         weights: "auto" and "dense" as `EngineConfig.weights` says, or how every matrix is rounded as it is read.
@@ -92,14 +99,28 @@ def load_model(
     """
     source = open_source(checkpoint) if isinstance(checkpoint, Path) else checkpoint
     spec = model_spec(source.config)
+    if isinstance(source, WorkspaceSource):
+        return _map(source, spec, dtype, ops, weights)
     matrices = MatrixReader(source, torch.float32, weights, ops.packed_weights)
-    matrices = replace(matrices, dtype=_compute_dtype(dtype, spec, matrices))
+    matrices = replace(matrices, dtype=compute_dtype(dtype, spec, matrices))
     _check_memory(matrices)
     prepared = WeightLoader(source, spec, matrices, ops).load()
-    _check_all_read(source)
-    eos = dict.fromkeys(spec.eos_token_ids + token_ids(source.generation, "eos_token_id"))
+    check_all_read(source)
     rounding = weights.name if isinstance(weights, Rounding) else None
-    return LoadedModel(Decoder(spec, prepared, ops), source, matrices.dtype, tuple(eos), rounding)
+    return LoadedModel(Decoder(spec, prepared, ops), source, matrices.dtype, _ends(source, spec), rounding)
+
+
+def _map(source: WorkspaceSource, spec: ModelSpec, dtype: str, ops: Ops, weights: str | Rounding) -> LoadedModel:
+    check_request(source, dtype, weights, ops)
+    mapped, size = mapped_weights(source, spec, ops)
+    made = source.made
+    rounding = None if made.weights in ("auto", "dense") else made.weights
+    decoder = Decoder(spec, mapped, ops)
+    return LoadedModel(decoder, source, _CHECKPOINT_DTYPES[made.dtype], _ends(source, spec), rounding, size)
+
+
+def _ends(source: TensorSource, spec: ModelSpec) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(spec.eos_token_ids + token_ids(source.generation, "eos_token_id")))
 
 
 def _check_memory(matrices: MatrixReader) -> None:
@@ -112,8 +133,12 @@ def _check_memory(matrices: MatrixReader) -> None:
         )
 
 
-def _check_all_read(source: TensorSource) -> None:
-    """Weights of a layer that the decoder has no place for would be missing from every answer."""
+def check_all_read(source: TensorSource) -> None:
+    """Weights of a layer that the decoder has no place for would be missing from every answer.
+
+    Raises:
+        UnsupportedModelError: the source has some that nobody read.
+    """
     ignored = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "rope_freqs.weight", *_CACHE_CONSTANTS)
     left = sorted(name for name in source.unread() if ".layers." in name or name.startswith(("blk.", "transformer.h.")))
     left = [name for name in left if not name.endswith(ignored) and "vision" not in name]
@@ -123,7 +148,8 @@ def _check_all_read(source: TensorSource) -> None:
         )
 
 
-def _compute_dtype(name: str, spec: ModelSpec, in_float32: MatrixReader) -> torch.dtype:
+def compute_dtype(name: str, spec: ModelSpec, in_float32: MatrixReader) -> torch.dtype:
+    """The compute type that `EngineConfig.dtype` means on this machine, for matrices that such a reader reads."""
     if name != "auto":
         return _CHECKPOINT_DTYPES[name]
     # PyTorch's float32 products are its fastest on CPUs without 16-bit arithmetic.

@@ -12,6 +12,7 @@ from kvant.errors import ModelNotFoundError, UnsupportedModelError
 from kvant.weights.pull import PULLABLE, find_pulled
 
 DEFAULT_MODEL = "smollm2"
+WORKSPACE_HEADER = "workspace.json"  # the file by which a converted model's directory is known
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights come as safetensors only: .bin and .pt files are pickles, which can run code when they are opened.
@@ -46,7 +47,7 @@ class LocalModel:
 
 
 def locate(model: str | Path | None = None) -> Path:
-    """The .gguf file, or the directory with config.json and safetensors, that `model` stands for.
+    """The .gguf file, or the directory with config.json and safetensors or a converted model, that `model` stands for.
 
     Args:
         model: None (the default model), the name of a pulled model, a .gguf file, a directory, or a hub id
@@ -87,7 +88,7 @@ def _pulled(name: str) -> Path:
 
 
 def _in_directory(path: Path) -> Path:
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", WORKSPACE_HEADER)):
         return path
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
@@ -95,7 +96,8 @@ def _in_directory(path: Path) -> Path:
     if files:
         names = ", ".join(file.name for file in files)
         raise ModelNotFoundError(f"{path} holds {len(files)} .gguf files ({names}). Give the path of one of them.")
-    raise ModelNotFoundError(f"{path} holds no model: neither config.json nor a .gguf file. {_ELSE}")
+    wanted = f"neither config.json nor a .gguf file, nor {WORKSPACE_HEADER} of a converted model"
+    raise ModelNotFoundError(f"{path} holds no model: {wanted}. {_ELSE}")
 
 
 def _as_file(path: Path) -> Path:

@@ -66,7 +66,7 @@ def test_a_few_tiny_scales_among_others_are_rounded(native):
 def test_zero_points_cost_memory_only_where_they_say_something(native):
     middle = torch.full((16, 2), 8, dtype=torch.uint8)
     plain, told, other = (
-        sum(part.nbytes for part in native(1).prepare(made_up(4, 64, 32, **planes)).memory)
+        sum(part.nbytes for part in native(1).prepare(made_up(4, 64, 32, **planes)).memory.values())
         for planes in ({}, {"zero": middle}, {"zero": middle + 1})
     )
     assert (told, other) == (plain, plain + 32)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +17,76 @@ from kvant.formats.weight import PackedWeight
 from kvant.kernels.cpu import structs
 from kvant.kernels.cpu.native import Native, pointer
 
+LAYOUT = 1  # of a packed weight's memory, for files that keep it: another wherever csrc/types.h has another
+
 _ROW_BLOCK = 8
 _GROUP = 32
 _ROWS_AT_ONCE = 256
+_FLOATS = MappingProxyType({"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16})
 # Of the largest scale: what float16 may make a scale differ by. Its own rounding is half of it.
 _SCALE_ERROR = 2.0**-10
 
 
 @dataclass(frozen=True, eq=False)
 class NativeWeight:
-    """A matrix for the kernels, the memory that `struct` points to, and what its values are given in."""
+    """A matrix for the kernels, and the memory that `struct` points to, by the names of its pointers."""
 
     struct: structs.Weight
-    memory: tuple[Tensor, ...]
-    dtype: torch.dtype = torch.float32
+    memory: Mapping[str, Tensor]
+
+    @property
+    def kind(self) -> str:
+        """A float type, "int4" or "int8"."""
+        return next(name for name, number in structs.KINDS.items() if number == self.struct.kind)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its values are given in."""
+        return _FLOATS.get(self.kind, torch.float32)
 
     @property
     def shape(self) -> tuple[int, int]:
         """[out_features, in_features]."""
         return self.struct.rows, self.struct.columns
+
+
+def native_weight(kind: str, rows: int, columns: int, group: int, memory: Mapping[str, Tensor]) -> NativeWeight:
+    """A weight whose memory is laid out already, as `pack` does it.
+
+    Raises:
+        CorruptModelError: the memory is not what a weight of these sizes has, or the order of its columns does not name
+            each of them once. The kernels read and write by both without looking.
+    """
+    expected = _memory_of(kind, rows, columns, group)
+    found = {name: (data.dtype, tuple(data.shape)) for name, data in memory.items()}
+    needed = {"codes"} if kind in _FLOATS else {"codes", "scales"}
+    if not needed <= found.keys() or any(expected.get(name) != entry for name, entry in found.items()):
+        raise CorruptModelError(f"the memory of a weight of {rows} x {columns} in {kind} is {found}, not {expected}")
+    order = memory.get("order")
+    if order is not None and not torch.equal(order.sort().values, torch.arange(columns, dtype=torch.int32)):
+        raise CorruptModelError("the order of a weight's columns does not name each of them once")
+    addresses = {name: pointer(data) for name, data in memory.items()}
+    struct = structs.Weight(kind=structs.KINDS[kind], rows=rows, columns=columns, group=group, **addresses)
+    return NativeWeight(struct, memory)
+
+
+def _memory_of(kind: str, rows: int, columns: int, group: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of all memory that such a weight may have."""
+    padded_rows = -(-rows // _ROW_BLOCK) * _ROW_BLOCK
+    if kind in _FLOATS:
+        return {"codes": (torch.uint8, (padded_rows * columns * _FLOATS[kind].itemsize,))}
+    padded = -(-columns // _GROUP) * _GROUP
+    fits = group == _GROUP // 2 or (group >= _GROUP and group.bit_count() == 1)
+    if kind not in structs.KINDS or not fits:
+        raise CorruptModelError(f"there is no weight of the kind {kind!r} in groups of {group}")
+    per_group = padded_rows // _ROW_BLOCK, -(-padded // group), _ROW_BLOCK
+    return {
+        "codes": (torch.uint8, (padded_rows * padded * (4 if kind == "int4" else 8) // 8,)),
+        "scales": (torch.float16, per_group),
+        "biases": (torch.float16, per_group),
+        "zeros": (torch.uint8, per_group),
+        "order": (torch.int32, (columns,)),
+    }
 
 
 def pack(native: Native, weight: PackedWeight) -> NativeWeight:
@@ -89,27 +142,15 @@ def _quantized(native: Native, weight: PackedWeight, group: int) -> NativeWeight
         # Not a bias of -zero * scale: rounded to float16 that is off by up to 1/8 of a step in 8 bits.
         memory["zeros"] = _by_block(planes["zero"].data, spans)
     if weight.order is not None:
-        memory["order"] = _permutation(weight.order)
-    addresses = {name: pointer(data) for name, data in memory.items()}
-    rows, columns = weight.out_features, weight.in_features
-    return NativeWeight(
-        structs.Weight(kind=kind, rows=rows, columns=columns, group=group, **addresses), tuple(memory.values())
-    )
-
-
-def _permutation(order: Tensor) -> Tensor:
-    """The order as the kernels take it, int32; they write by it, so it is checked."""
-    if not torch.equal(order.sort().values, torch.arange(len(order))):
-        raise CorruptModelError("the order of a weight's columns does not name each of them once")
-    return order.to(torch.int32).contiguous()
+        memory["order"] = weight.order.to(torch.int32).contiguous()
+    return native_weight(weight.format, weight.out_features, weight.in_features, group, memory)
 
 
 def _dense(native: Native, matrix: Tensor) -> NativeWeight:
-    kind = structs.KINDS[str(matrix.dtype).removeprefix("torch.")]
+    name = str(matrix.dtype).removeprefix("torch.")
     rows, columns = matrix.shape
-    codes = _packed(native, kind, matrix, columns, columns * matrix.element_size())
-    struct = structs.Weight(kind=kind, rows=rows, columns=columns, group=_GROUP, codes=pointer(codes))
-    return NativeWeight(struct, (codes,), matrix.dtype)
+    codes = _packed(native, structs.KINDS[name], matrix, columns, columns * matrix.element_size())
+    return native_weight(name, rows, columns, _GROUP, {"codes": codes})
 
 
 def _packed(native: Native, kind: int, data: Tensor, columns: int, row_bytes: int) -> Tensor:

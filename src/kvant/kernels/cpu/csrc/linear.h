@@ -25,6 +25,8 @@ inline void quantize_group(const float* x, const QuantizedRow& out, int group) {
   }
   const float step = largest(top) / 127.0f + sum(poison);
   const F8 inverse = all(step > 0 ? 1.0f / step : 0.0f);
+  if (!(step >= 0))
+    for (F8& x8 : held) x8 = all(0.0f);  // a number that is not finite has no code: the scale alone tells
   int32_t* sums = out.half_sums + 2 * group;
   for (int half = 0; half < 2; ++half) {
     const I8 first = to_int(held[2 * half] * inverse), second = to_int(held[2 * half + 1] * inverse);
