@@ -27,7 +27,7 @@ TEXTS_AT_ONCE = 4
 ROWS = 64
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def hidden_states(path: Path, windows: Tensor) -> tuple[Tensor, Tensor]:
     """After the last norm, [windows, length, hidden], and the output head [vocab, hidden]."""
     source, ops = open_source(path), ChunkedOps()
@@ -43,7 +43,7 @@ def hidden_states(path: Path, windows: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.view(*windows.shape, -1), loader.head().weight
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def scores(baseline: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], windows: Tensor) -> Scores:
     """Every prediction of the windows, [windows, predictions]."""
     (expected, head), (hidden, other) = ((states[:, :-1].flatten(0, 1), matrix) for states, matrix in (baseline, found))

@@ -247,7 +247,9 @@ def test_a_text_that_is_not_utf_8(kvant, tiny, tmp_path):
 def test_it_must_be_told_what_to_calibrate(kvant, tiny, tmp_path):
     result = kvant("calibrate", str(tiny), "-o", str(tmp_path / "out"))
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: say what to calibrate: --kv measures the KV cache; weights are calibrated as")
+    assert result.stderr.startswith(
+        "error: say what to calibrate: --kv measures the KV cache; weights are calibrated as"
+    )
 
 
 def test_a_wrong_command_line(kvant, tiny):

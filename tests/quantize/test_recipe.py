@@ -23,6 +23,7 @@ def test_names_are_those_of_what_there_is() -> None:
         ({"bits": 3}, "choose 4 or 8"),
         ({"method": "smoothquant", "bits": 4}, "has 8 bits"),
         ({"method": "smoothquant", "format": "gptq"}, "needs compressed-tensors"),
+        ({"method": "smoothquant", "symmetric": False}, "no zero points"),
         ({"format": "awq", "bits": 8}, "4 bits only"),
         ({"group_size": 48}, "power of two"),
         ({"group_size": 0}, "power of two"),
@@ -46,6 +47,12 @@ def test_groups_are_the_largest_that_fit(columns: int, wanted: int, group: int) 
 def test_smoothquant_has_one_scale_a_row_and_no_zero_points() -> None:
     recipe = Recipe(method="smoothquant")
     assert (recipe.bits, recipe.group(4864), recipe.symmetric) == (8, 4864, True)
+
+
+def test_zero_points_are_where_readers_of_the_format_expect_them() -> None:
+    assert [Recipe(format=name).symmetric for name in ("compressed-tensors", "gptq", "awq")] == [True, True, False]
+    assert Recipe(format="awq", symmetric=True).symmetric
+    assert not Recipe(symmetric=False).symmetric
 
 
 def test_modules_are_ignored_by_pattern() -> None:

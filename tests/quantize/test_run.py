@@ -120,6 +120,8 @@ def test_the_outcome_is_what_the_stored_model_gives(tiny: Path, tmp_path: Path) 
 )
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_format_holds_every_method(format, method, bits, symmetric, tiny: Path, tmp_path: Path) -> None:  # noqa: A002
+    if method == "smoothquant" and not symmetric:
+        pytest.skip("has no zero points")
     recipe = replace(FINE, format=format, method=method, bits=bits, symmetric=symmetric)
     outcome = quantized(tiny, tmp_path / "out", recipe)
     model = load_model(tmp_path / "out", dtype="float32", ops=ReferenceOps())
@@ -180,7 +182,7 @@ def test_an_interrupted_run_goes_on(tiny: Path, tmp_path: Path) -> None:
 def test_an_unfinished_run_with_other_settings_is_not_mixed_in(tiny: Path, tmp_path: Path) -> None:
     interrupted(tiny, tmp_path / "out", FINE)
     with pytest.raises(ConfigError, match="another bits, symmetric"):
-        quantized(tiny, tmp_path / "out", replace(FINE, bits=4, symmetric=True))
+        quantized(tiny, tmp_path / "out", replace(FINE, bits=4, symmetric=False))
     (tmp_path / "out.partial" / "state.safetensors").write_bytes(b"not a file")
     with pytest.raises(ConfigError, match="remove it"):
         quantized(tiny, tmp_path / "out")

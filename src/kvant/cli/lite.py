@@ -43,7 +43,7 @@ def auto_awq(
     calib_seqlen: Seqlen = Recipe.seqlen,
 ) -> None:
     """AWQ, as an AWQ checkpoint."""
-    recipe = _recipe("awq", "awq", w_bits, w_group_size, w_sym, calib_samples, calib_seqlen)
+    recipe = _recipe("awq", "awq", w_bits, w_group_size, w_sym or None, calib_samples, calib_seqlen)
     run(model, work_dir, recipe, calib_dataset)
 
 
@@ -60,7 +60,7 @@ def auto_gptq(
     calib_seqlen: Seqlen = Recipe.seqlen,
 ) -> None:
     """GPTQ, as a GPTQ checkpoint."""
-    recipe = _recipe("gptq", "gptq", w_bits, w_group_size, w_sym, calib_samples, calib_seqlen)
+    recipe = _recipe("gptq", "gptq", w_bits, w_group_size, w_sym or None, calib_samples, calib_seqlen)
     run(model, work_dir, recipe, calib_dataset)
 
 
@@ -77,7 +77,9 @@ def smooth_quant(
     run(model, work_dir, Recipe(method="smoothquant", samples=calib_samples, seqlen=calib_seqlen), calib_dataset)
 
 
-def _recipe(method: str, format_: str, bits: int, group: int, symmetric: bool, samples: int, seqlen: int) -> Recipe:
+def _recipe(
+    method: str, format_: str, bits: int, group: int, symmetric: bool | None, samples: int, seqlen: int
+) -> Recipe:
     return Recipe(
         method=method,
         format=format_,

@@ -30,7 +30,14 @@ def quantize(
     group_size: Annotated[
         int, option("--group-size", "Inputs that share a scale: a power of two, or -1 for whole rows.")
     ] = Recipe.group_size,
-    symmetric: Annotated[bool, option("--symmetric", "No zero points.")] = False,
+    symmetric: Annotated[
+        bool | None,
+        option(
+            "--symmetric/--asymmetric",
+            "Without or with zero points; with them, less is lost. Default: what most readers of the format take, "
+            "zero points for awq and none for the others.",
+        ),
+    ] = None,
     format: Annotated[  # noqa: A002 - what users call it
         str, option("--format", f"Of the checkpoint: {', '.join(FORMAT_NAMES)}.")
     ] = Recipe.format,

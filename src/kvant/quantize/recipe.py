@@ -28,7 +28,8 @@ class Recipe:
         bits: 4 or 8; 0 is 4, and 8 for smoothquant, which has no other.
         group_size: inputs that share a scale; -1 is a whole row, as smoothquant always has it. A layer whose inputs are
             not whole groups has the largest half, quarter ... that fits.
-        symmetric: without zero points; always so for smoothquant.
+        symmetric: without zero points, as smoothquant always is. None is what most readers of the format take: with
+            zero points for "awq", without for the others.
         format: of the checkpoint: "compressed-tensors", "awq" or "gptq".
         samples: pieces of the calibration text, and
         seqlen: tokens in each.
@@ -38,7 +39,7 @@ class Recipe:
     method: str = "auto"
     bits: int = 0
     group_size: int = 128
-    symmetric: bool = False
+    symmetric: bool | None = None
     format: str = FORMAT_NAMES[0]
     samples: int = 128
     seqlen: int = 512
@@ -48,12 +49,14 @@ class Recipe:
         w8a8 = self.method == "smoothquant"
         if self.bits == 0:
             object.__setattr__(self, "bits", 8 if w8a8 else 4)
-        object.__setattr__(self, "symmetric", self.symmetric or w8a8)
+        if self.symmetric is None:
+            object.__setattr__(self, "symmetric", self.format != "awq")
         for name, known in (("method", METHOD_NAMES), ("format", FORMAT_NAMES)):
             value = getattr(self, name)
             _require(value in known, f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
         _require(self.bits in (4, 8), f"bits={self.bits!r} is not supported; choose 4 or 8")
         _require(not w8a8 or self.bits == 8, "smoothquant has 8 bits; leave bits out, or choose another method")
+        _require(not w8a8 or bool(self.symmetric), "smoothquant has no zero points; leave symmetric out")
         _require(
             not w8a8 or self.format == "compressed-tensors",
             f"format={self.format!r} has no place for rounded inputs; smoothquant needs compressed-tensors",

@@ -76,7 +76,8 @@ def quantize(source: TensorSource, out: Path, recipe: Recipe, texts: Texts, prog
         KvantError: the directory exists or cannot be written, the format has no place for what the recipe asks for,
             which is told before any work; the model gives nothing finite on the text.
     """
-    with torch.inference_mode():
+    # Not inference mode, which would keep the threads that read a file from filling tensors made here.
+    with torch.no_grad():
         return _Run.of(source, out, recipe, texts).all(texts, progress)
 
 
@@ -216,7 +217,7 @@ def _prepared(layer: LayerWeights) -> LayerWeights:
 
 
 def _grid(recipe: Recipe, columns: int, dtype: torch.dtype) -> GridSpec:
-    return GridSpec(recipe.bits, recipe.group(columns), recipe.symmetric, dtype)
+    return GridSpec(recipe.bits, recipe.group(columns), bool(recipe.symmetric), dtype)
 
 
 def _ignored(stored: StoredModel, recipe: Recipe) -> list[str]:
