@@ -340,7 +340,14 @@ def test_a_shard_that_was_lost_in_between_is_told(tiny: Path, tmp_path: Path) ->
 
 
 def test_what_a_format_has_no_place_for_is_told_before_the_work(tmp_path: Path) -> None:
-    odd = write_checkpoint(tmp_path / "odd", intermediate_size=176)  # groups of 32 for some, of 16 for others
-    with pytest.raises(UnsupportedModelError, match="group"):
-        quantized(odd, tmp_path / "out", replace(FINE, format="awq", bits=4, group_size=32))
+    odd = write_checkpoint(tmp_path / "odd", intermediate_size=176)
+    with pytest.raises(UnsupportedModelError, match=r"no multiple of 32.*compressed-tensors"):
+        quantized(odd, tmp_path / "out", replace(FINE, format="gptq", bits=4))
     assert not list(tmp_path.glob("out*"))
+
+
+def test_awq_has_one_group_that_fits_all_layers(tmp_path: Path) -> None:
+    odd = write_checkpoint(tmp_path / "odd", intermediate_size=176)  # 32 would fit the others
+    outcome = quantized(odd, tmp_path / "out", replace(FINE, format="awq", bits=4, group_size=32))
+    assert {it.group_size for it in outcome.linears} == {16}
+    assert load_model(tmp_path / "out", dtype="float32", ops=ReferenceOps()).spec.intermediate_size == 176

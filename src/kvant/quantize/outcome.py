@@ -186,7 +186,8 @@ def model_card(outcome: Outcome, name: str) -> str:
         *(f"- {note}" for note in outcome.notes()),
         f"- every linear's error is in {REPORT_FILE}",
         "",
-        f"Run it with `kvant chat {name}`, or with any program that reads {outcome.recipe.format} checkpoints.",
+        f"Run it with `kvant chat ./{name}`, or with any program that reads {outcome.recipe.format} checkpoints"
+        f"{'' if outcome.recipe.symmetric else ' with zero points'}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -104,6 +104,7 @@ class _Run:
             else torch.float16
         )
         stored = StoredModel(stored_spec, family_of(config).names, writer(recipe.format), dtype)
+        recipe = _with_one_group(recipe, stored) if recipe.format == "awq" else recipe
         loader = WeightLoader(source, spec, MatrixReader(source, torch.float32, "dense", False), UnpreparedOps())
         check_places(source, set(source.shapes()) - loader.places())
         length = len(texts.calibration[0])
@@ -237,6 +238,12 @@ def _prepared(layer: LayerWeights) -> LayerWeights:
 
 def _grid(recipe: Recipe, columns: int, dtype: torch.dtype) -> GridSpec:
     return GridSpec(recipe.bits, recipe.group(columns), bool(recipe.symmetric), dtype)
+
+
+def _with_one_group(recipe: Recipe, stored: StoredModel) -> Recipe:
+    """With the group size that fits all layers, for a format that has no other."""
+    widths = {fused.columns for fused in fused_linears(stored.spec, stored.names).values()}
+    return dataclasses.replace(recipe, group_size=min(map(recipe.group, widths)))
 
 
 def _ignored(stored: StoredModel, recipe: Recipe) -> list[str]:
