@@ -36,10 +36,11 @@ from kvant.quantize.texts import Window
 from kvant.quantize.unfinished import Streams, Unfinished
 from kvant.version import __version__
 from kvant.weights.codecs.writing import Layout, writer
+from kvant.weights.hf_config import hf_config
 from kvant.weights.load import WeightLoader
 from kvant.weights.matrices import MatrixReader
 from kvant.weights.parts import fused_linears
-from kvant.weights.save import CheckpointWriter, hf_config
+from kvant.weights.save import CheckpointWriter
 from kvant.weights.source import TensorSource
 
 Progress = Callable[[int, int], None]

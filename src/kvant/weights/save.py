@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvant.errors import ConfigError
-from kvant.models.families import family_of
 from kvant.text.save import save_tokenizer
 from kvant.weights.source import TensorSource
 from kvant.weights.sources.safetensors import open_safetensors
@@ -24,32 +23,6 @@ INDEX = "model.safetensors.index.json"
 # What a tokenizer, a chat template or a family's own code may lie in, for tools that read them.
 _KEPT = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
 _NOT_KEPT = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", INDEX)
-
-
-def hf_config(source: TensorSource) -> dict[str, Any]:
-    """The config.json of the checkpoint's text model as HF would write it, without what it says of quantization."""
-    given = dict(source.config)
-    family = family_of(given)
-    text = given.pop("text_config", None) or {}
-    config = {**given, **text, "architectures": [given["architectures"][0]]}
-    if text:
-        config |= {"architectures": [family.architectures[0]], "model_type": f"{family.name}_text"}
-    for key in ("quantization_config", "vision_config", "norms_include_offset"):
-        config.pop(key, None)
-    return config if not source.metadata else _completed(config, family.name, source)
-
-
-def _completed(config: dict[str, Any], family: str, source: TensorSource) -> dict[str, Any]:
-    """A GGUF's config with what only an HF config has."""
-    config["model_type"] = "gemma3_text" if family == "gemma3" else family
-    rope = config["rope_parameters"]
-    config["rope_parameters"] = {"rope_type": "default", **rope}
-    config["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if (bos := source.metadata.get("tokenizer.ggml.bos_token_id")) is not None:
-        config["bos_token_id"] = int(bos)
-    return config
 
 
 class CheckpointWriter:
