@@ -12,12 +12,14 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM
 
+from kvant.errors import ConfigError
 from kvant.models.families import model_spec
 from kvant.quantize.recipe import Recipe
 from kvant.quantize.run import Texts, quantize
 from kvant.weights import save
 from kvant.weights.hf_config import hf_config
 from kvant.weights.load import open_source
+from tests.engine.checkpoint import write_checkpoint
 from tests.families.configs import ORACLES, TINIES
 from tests.families.configs.base import Tiny
 from tests.families.gguf_files import store, write_gguf
@@ -44,11 +46,17 @@ def as_gguf(name: str, directory: Path, missing: tuple[str, ...] = (), **changes
     return path, checkpoint.ids
 
 
-def quantized(path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(save, "_write_tokenizer", lambda source, directory: None)  # the miniature files have none
+def without_tokenizer(path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A miniature file quantized; it has no tokenizer."""
+    with monkeypatch.context() as patched:
+        patched.setattr(save, "_write_tokenizer", lambda source, directory: None)
+        return quantized(path, out)
+
+
+def quantized(path: Path, out: Path, recipe: Recipe = FINE) -> Path:
     ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(3)).tolist()
     windows = tuple(map(tuple, ids))
-    outcome = quantize(open_source(path), out, FINE, Texts(windows[:-2], windows[-2:]), lambda *_: None)
+    outcome = quantize(open_source(path), out, recipe, Texts(windows[:-2], windows[-2:]), lambda *_: None)
     assert outcome.kl < 0.02
     return out
 
@@ -66,7 +74,7 @@ def logits_of_transformers(path: Path, ids: list[int], zeros: tuple[str, ...] = 
 def test_a_gguf_becomes_a_checkpoint_that_stands_alone(name: str, tmp_path: Path, monkeypatch) -> None:
     """Its rows in HF's order, its norms as HF stores them, its config complete: transformers computes the same."""
     path, ids = as_gguf(name, tmp_path)
-    out = quantized(path, tmp_path / "out", monkeypatch)
+    out = without_tokenizer(path, tmp_path / "out", monkeypatch)
     before, after = (model_spec(open_source(it).config) for it in (path, out))
     assert replace(before, norm_offset=after.norm_offset, dtype=after.dtype) == after
     expected, found = model_logits(path, ids), model_logits(out, ids)
@@ -79,7 +87,7 @@ def test_biases_of_some_projections_only(tmp_path: Path, monkeypatch) -> None:
     """One key of llama's config stands for four projections: what the file has no bias for gets one of zeros."""
     lacking = ("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
     path, ids = as_gguf("llama-bias", tmp_path, lacking)
-    out = quantized(path, tmp_path / "out", monkeypatch)
+    out = without_tokenizer(path, tmp_path / "out", monkeypatch)
     config = json.loads((out / "config.json").read_text())
     assert (config["attention_bias"], config["mlp_bias"]) == (True, False)
     theirs = logits_of_transformers(out, ids, zeros=("o_proj.bias",))
@@ -114,3 +122,36 @@ def test_keys_that_older_readers_know(tmp_path: Path) -> None:
     for key in ("rope_theta", "rope_local_base_freq", "rope_scaling", "layer_types", "head_dim"):
         assert gemma[key] == published[key]
     assert (gemma["query_pre_attn_scalar"], gemma["sliding_window_pattern"]) == (24, 6)
+
+
+def test_what_speaks_of_the_source_is_not_taken_over(tmp_path: Path) -> None:
+    """Not the report and the card of a quantization before, no index or note of other weights; all else is."""
+    first = quantized(write_checkpoint(tmp_path / "tiny", intermediate_size=64), tmp_path / "first")
+    own = ("adapter_config.json", "pytorch_model.bin.index.json", "quantize_config.json", "README.md")
+    others = ("generation_config.json", "merges.txt", "tokenizer.model", "configuration_tiny.py", "chat_template.jinja")
+    for name in own + others:
+        (first / name).write_text(json.dumps({"quant_method": "compressed-tensors", "name": name}))
+    second = quantized(first, tmp_path / "second", replace(FINE, group_size=32))
+    assert json.loads((second / "quantization_report.json").read_text())["recipe"]["group_size"] == 32
+    for name in own[:-1]:
+        assert not (second / name).exists()
+    assert "quant_method" not in (second / own[-1]).read_text()
+    for name in (*others, "tokenizer.json", "tokenizer_config.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes()
+    assert not list(second.glob(".*"))
+
+
+def test_a_copy_that_was_interrupted_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    model, out = write_checkpoint(tmp_path / "tiny", intermediate_size=64), tmp_path / "out"
+
+    def half(source: Path, target: Path) -> Path:
+        target.write_bytes(source.read_bytes()[:9])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(save.shutil, "copyfile", half)
+        with pytest.raises(ConfigError, match="No space left"):
+            quantized(model, out)
+    quantized(model, out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (model / name).read_bytes()

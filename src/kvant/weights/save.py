@@ -22,7 +22,11 @@ from kvant.weights.tokenizer import read_tokenizer
 INDEX = "model.safetensors.index.json"
 # What a tokenizer, a chat template or a family's own code may lie in, for tools that read them.
 _KEPT = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
-_NOT_KEPT = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", INDEX)
+# What speaks of the source's weights alone.
+_NOT_KEPT = (
+    *("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+    *("quantization_report.json", "adapter_config.json"),
+)
 
 
 class CheckpointWriter:
@@ -126,12 +130,20 @@ def told(path: Path) -> Iterator[None]:
 
 
 def _write_tokenizer(source: TensorSource, directory: Path) -> None:
+    """Files that are there stay as they are."""
     if source.metadata:
         save_tokenizer(read_tokenizer(source), directory)
         return
     for path in source.path.iterdir():
-        if path.suffix in _KEPT and path.name not in _NOT_KEPT and path.is_file():
-            shutil.copyfile(path, directory / path.name)
+        if _kept(path) and not (directory / path.name).exists():
+            # A copy that was interrupted must not be taken for a file that is there.
+            temporary = shutil.copyfile(path, directory / f".{path.name}.writing")
+            temporary.replace(directory / path.name)
     templates = source.path / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, directory / templates.name, dirs_exist_ok=True)
+
+
+def _kept(path: Path) -> bool:
+    name = path.name
+    return path.suffix in _KEPT and name not in _NOT_KEPT and not name.endswith(".index.json") and path.is_file()
