@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from copy import deepcopy
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,8 @@ class TransformersReference:
 
     def __init__(self, config: Config, weights: dict[str, Tensor] | None = None) -> None:
         self._config = config
-        parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        # A copy: what it reads of rotary embeddings is completed in place.
+        parsed = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))
         model = AutoModelForCausalLM.from_config(parsed, attn_implementation="eager", dtype=torch.float32)
         self.model: PreTrainedModel = model.eval()
         if weights is not None:

@@ -38,10 +38,11 @@ from kvant.quantize.unfinished import Streams, Unfinished
 from kvant.version import __version__
 from kvant.weights.codecs.plain import read_vector
 from kvant.weights.codecs.writing import Layout, writer
+from kvant.weights.hf_config import hf_config
 from kvant.weights.load import CHECKPOINT_DTYPES, WeightLoader, check_places
 from kvant.weights.matrices import MatrixReader
 from kvant.weights.parts import fused_linears
-from kvant.weights.save import CheckpointWriter, hf_config
+from kvant.weights.save import CheckpointWriter
 from kvant.weights.source import TensorSource
 
 Progress = Callable[[int, int], None]

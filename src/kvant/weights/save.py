@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvant.errors import ConfigError, CorruptModelError
-from kvant.models.families import family_of
 from kvant.text.save import save_tokenizer
 from kvant.weights.source import TensorSource
 from kvant.weights.sources.safetensors import open_safetensors
@@ -26,33 +25,11 @@ _OURS = re.compile(r"model-\d+-of-\d+\.safetensors|\..*\.writing")
 INDEX = "model.safetensors.index.json"
 # What a tokenizer, a chat template or a family's own code may lie in, for tools that read them.
 _KEPT = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
-_NOT_KEPT = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", INDEX)
-
-
-def hf_config(source: TensorSource) -> dict[str, Any]:
-    """The config.json of the checkpoint's text model as HF would write it, without what it says of quantization."""
-    given = dict(source.config)
-    family = family_of(given)
-    text = given.pop("text_config", None) or {}
-    config = {**given, **text, "architectures": [given["architectures"][0]]}
-    if text:
-        config |= {"architectures": [family.architectures[0]], "model_type": f"{family.name}_text"}
-    for key in ("quantization_config", "vision_config", "norms_include_offset"):
-        config.pop(key, None)
-    return config if not source.metadata else _completed(config, family.name, source)
-
-
-def _completed(config: dict[str, Any], family: str, source: TensorSource) -> dict[str, Any]:
-    """A GGUF's config with what only an HF config has."""
-    config["model_type"] = "gemma3_text" if family == "gemma3" else family
-    rope = config["rope_parameters"]
-    config["rope_parameters"] = {"rope_type": "default", **rope}
-    config["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if (bos := source.metadata.get("tokenizer.ggml.bos_token_id")) is not None:
-        config["bos_token_id"] = int(bos)
-    return config
+# What speaks of the source's weights alone.
+_NOT_KEPT = (
+    *("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+    *("quantization_report.json", "adapter_config.json"),
+)
 
 
 class CheckpointWriter:
@@ -191,12 +168,20 @@ def told(path: Path) -> Iterator[None]:
 
 
 def _write_tokenizer(source: TensorSource, directory: Path) -> None:
+    """Files that are there stay as they are."""
     if source.metadata:
         save_tokenizer(read_tokenizer(source), directory)
         return
     for path in source.path.iterdir():
-        if path.suffix in _KEPT and path.name not in _NOT_KEPT and path.is_file():
-            shutil.copyfile(path, directory / path.name)
+        if _kept(path) and not (directory / path.name).exists():
+            # A copy that was interrupted must not be taken for a file that is there.
+            temporary = shutil.copyfile(path, directory / f".{path.name}.writing")
+            temporary.replace(directory / path.name)
     templates = source.path / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, directory / templates.name, dirs_exist_ok=True)
+
+
+def _kept(path: Path) -> bool:
+    name = path.name
+    return path.suffix in _KEPT and name not in _NOT_KEPT and not name.endswith(".index.json") and path.is_file()

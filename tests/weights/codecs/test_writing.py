@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def test_modules_may_differ(tmp_path: Path, layout: str) -> None:
         "model.layers.1.a": weight_of(16, 96, 4, 32, zeros=True),
         "model.layers.1.b": weight_of(16, 32, 4, 32),
         "lm_head": weight_of(16, 64, 4, 32),
+        **{f"model.layers.2.{part}_proj": weight_of(16, 64, 8, 64, zeros=True) for part in "qkv"},
     }
     if layout == "compressed-tensors":
         weights["model.layers.1.c"] = weight_of(16, 96, 8, 96, inputs=InputCodes())
@@ -158,6 +160,43 @@ def test_gptq_notes() -> None:
     assert (note["bits"], note["group_size"], note["sym"], note["lm_head"]) == (4, 32, True, False)
     assert "dynamic" not in writer("gptq").config({"a.0": four}, ["lm_head"])
     assert writer("gptq").config({"a": Layout(4, 64, True, "none", True)}, [])["group_size"] == -1
+
+
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "feed_forward.gate_up_proj": ("feed_forward.w1", "feed_forward.w3"),
+    "mlp_of_qwen_v1.gate_up_proj": ("mlp_of_qwen_v1.w2", "mlp_of_qwen_v1.w1"),
+}
+SINGLE = ("self_attn.o_proj", "mlp.down_proj", "feed_forward.w2", "mlp_of_qwen_v1.c_proj")
+
+
+def noted_bits(note: dict[str, Any], module: str) -> int | None:
+    """As GPTQModel finds them for a module, vLLM and SGLang for one of theirs: by the first pattern; None: dense."""
+    for pattern, override in note["dynamic"].items():
+        if re.match(pattern[2:], module):
+            return override["bits"] if pattern.startswith("+:") else None
+    return note["bits"]
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("bits", [8, None])
+def test_gptq_notes_are_found_under_the_name_of_a_fused_module(fused: str, bits: int | None) -> None:
+    four, eight = Layout(4, 32, True, "none", False), Layout(8, 64, False, "none", False)
+    modules = [f"layers.{i}.{name}" for i in (1, 11) for name in (*SINGLE, *sum(FUSED.values(), ()))]
+    parts = [f"layers.1.{part}" for part in FUSED[fused]]
+    layouts = {name: eight if name in parts else four for name in modules if bits or name not in parts}
+    note = writer("gptq").config(layouts, ["lm_head", *([] if bits else parts)])
+    assert {noted_bits(note, name) for name in (*parts, f"layers.1.{fused}")} == {bits}
+    others = {*modules, *(f"layers.{i}.{name}" for i in (1, 11) for name in FUSED)} - {*parts, f"layers.1.{fused}"}
+    assert {noted_bits(note, name) for name in others} == {4}
+
+
+def test_gptq_notes_of_unlike_parts_say_nothing_of_the_fused_module() -> None:
+    four, eight = Layout(4, 32, True, "none", False), Layout(8, 64, False, "none", False)
+    layouts = {"l.q_proj": eight, "l.k_proj": four, "l.up_proj": four, "l.o_proj": four}
+    note = writer("gptq").config(layouts, ["l.v_proj", "l.gate_proj"])
+    assert [*note["dynamic"]] == [r"+:l\.q_proj$", r"-:l\.v_proj$", r"-:l\.gate_proj$"]
 
 
 def test_compressed_tensors_notes_hold_nothing_that_its_config_does_not_know() -> None:

@@ -44,6 +44,16 @@ BITS = (4, 8)
 # to whole words.
 ONES = {4: 0x11111111, 8: 0x01010101}
 _FORMATS = {"gptq": 1, "gptq_v2": 2}
+# vLLM and SGLang make one module of these, and look in the notes for its name, not for theirs.
+_FUSED = (
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("gate_up_proj", ("gate_proj", "up_proj")),
+    ("gate_up_proj", ("w1", "w3")),  # InternLM2
+    ("gate_up_proj", ("w2", "w1")),  # Qwen v1
+)
+
+_Settings = tuple[tuple[str, Any], ...]
+_Noted = tuple[str, _Settings]  # "+:" and a module's own settings, or "-:" and none: it is dense
 
 
 class GptqCodec:
@@ -154,25 +164,32 @@ class GptqWriter:
         sizes = noted_group_sizes(layouts)
         settings = {name: _settings(layout, sizes[name]) for name, layout in layouts.items()}
         common = Counter(settings.values()).most_common(1)[0][0]
-        different = {f"+:{_exactly(name)}": dict(own) for name, own in settings.items() if own != common}
+        noted: dict[str, _Noted] = {name: ("+:", own) for name, own in settings.items() if own != common}
         # The head is dense wherever `lm_head` does not say otherwise.
-        dense: dict[str, dict[str, Any]] = {f"-:{_exactly(name)}": {} for name in ignored if name != "lm_head"}
+        noted |= {name: ("-:", ()) for name in ignored if name != "lm_head"}
+        dynamic = {sign + _pattern(name, noted): dict(own) for name, (sign, own) in noted.items()}
         return {
             "quant_method": "gptq",
             **dict(common),
             "desc_act": False,
             "lm_head": "lm_head" in layouts,
             "checkpoint_format": "gptq",
-            **({"dynamic": different | dense} if different or dense else {}),
+            **({"dynamic": dynamic} if dynamic else {}),
         }
 
 
-def _settings(layout: Layout, group_size: int) -> tuple[tuple[str, Any], ...]:
+def _settings(layout: Layout, group_size: int) -> _Settings:
     return ("bits", layout.bits), ("group_size", group_size), ("sym", layout.symmetric)
 
 
-def _exactly(module: str) -> str:
-    """The pattern of this name, which readers match from the start."""
+def _pattern(module: str, noted: Mapping[str, _Noted]) -> str:
+    """The pattern of this name, which readers match from the start; one for all parts of a fused module, and for its
+    name, where the same is noted of all.
+    """
+    parent, _, name = module.rpartition(".")
+    for fused, parts in _FUSED:
+        if name in parts and all(noted.get(f"{parent}.{part}") == noted[module] for part in parts):
+            return f"{re.escape(parent)}\\.(?:{'|'.join((*parts, fused))})$"
     return re.escape(module) + "$"
 
 
