@@ -74,11 +74,13 @@ def test_lite_calibrate_measures_the_cache(kvant, tiny: Path, tmp_path: Path) ->
         (("--seqlen", "1000"), "longer than the model's context"),
         (("--samples", "100000"), "fewer or smaller windows"),
         (("--ignore", "*"), "nothing to quantize"),
+        (("--num-threads", "0"), "at least 1"),
+        (("-o", "."), "exists"),
     ],
 )
 def test_what_cannot_be_done_is_told_before_the_work(kvant, flags, message, tiny: Path, tmp_path: Path) -> None:
     result = kvant("quantize", str(tiny), "-o", str(tmp_path / "out"), *flags)
-    assert result.exit_code == 1
+    assert result.exit_code == 1, result.output
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
 

@@ -38,6 +38,14 @@ def test_a_sample_is_kept_of_every_text():
     assert sample.unique().tolist() == [0, 1, 2]
 
 
+def test_the_sample_does_not_prefer_positions():
+    """Windows of one length, each row telling its position."""
+    windows = [torch.arange(512.0).repeat(8).unsqueeze(1) for _ in range(4)]
+    positions = Moments.of(windows).sample.flatten()
+    assert len(positions.unique()) > 300
+    assert (positions == 0).float().mean() < 0.02
+
+
 def test_dividing_inputs_is_dividing_their_moments():
     x, scale = torch.randn(64, 8), torch.rand(8) + 0.5
     found, expected = Moments.of([x]).divided(scale), Moments.of([x / scale])

@@ -29,6 +29,8 @@ def test_names_are_those_of_what_there_is() -> None:
         ({"group_size": 0}, "power of two"),
         ({"group_size": 8}, "from 16 on"),
         ({"samples": 0}, "at least 1"),
+        ({"seqlen": 1}, "at least 2"),
+        ({"method": "smoothquant", "group_size": 64}, "one scale a row"),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_remedy(given, message) -> None:

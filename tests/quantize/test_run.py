@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from kvant.errors import ConfigError, CorruptModelError, KvantError, NotFiniteError, UnsupportedModelError
 from kvant.kernels.reference import ReferenceOps
 from kvant.models.families import model_spec
+from kvant.quantize import run
 from kvant.quantize.chunked import UnpreparedOps
 from kvant.quantize.folds import find_folds
+from kvant.quantize.methods import METHODS
 from kvant.quantize.reader import Reader
 from kvant.quantize.recipe import Recipe
 from kvant.quantize.run import Texts, quantize
@@ -122,7 +124,8 @@ def test_the_outcome_is_what_the_stored_model_gives(tiny: Path, tmp_path: Path) 
 def test_every_format_holds_every_method(format, method, bits, symmetric, tiny: Path, tmp_path: Path) -> None:  # noqa: A002
     if method == "smoothquant" and not symmetric:
         pytest.skip("has no zero points")
-    recipe = replace(FINE, format=format, method=method, bits=bits, symmetric=symmetric)
+    group = -1 if method == "smoothquant" else 16
+    recipe = replace(FINE, format=format, method=method, bits=bits, symmetric=symmetric, group_size=group)
     outcome = quantized(tiny, tmp_path / "out", recipe)
     model = load_model(tmp_path / "out", dtype="float32", ops=ReferenceOps())
     assert model.source.config["quantization_config"]["quant_method"] == format
@@ -144,8 +147,65 @@ def test_what_is_ignored_stays_as_it_was(tiny: Path, tmp_path: Path) -> None:
     ignored = after.config["quantization_config"]["ignore"]
     assert "lm_head" in ignored
     assert "model.layers.1.mlp.down_proj" in ignored
+    with pytest.raises(ConfigError, match=r"'down_proj' is no module's name, such as .*down_proj"):
+        quantized(tiny, tmp_path / "none", replace(FINE, ignore=("down_proj",)))
     with pytest.raises(ConfigError, match="nothing to quantize"):
         quantized(tiny, tmp_path / "none", replace(FINE, ignore=("*",)))
+
+
+def test_what_is_ignored_is_not_scaled_either(tiny: Path, tmp_path: Path) -> None:
+    """Values and the up projection could take factors off attention's output and the down projection."""
+    recipe = replace(FINE, bits=4, method="awq", ignore=("*.up_proj", "*.v_proj"))
+    outcome = quantized(tiny, tmp_path / "out", recipe)
+    assert {it.divided for it in outcome.linears} == {None}
+    before, after = open_source(tiny), open_source(tmp_path / "out")
+    for name in ("self_attn.v_proj", "mlp.up_proj"):
+        full = f"model.layers.0.{name}.weight"
+        assert torch.equal(before.read(full, torch.float32), after.read(full, torch.float32))
+
+
+def test_weights_that_the_model_has_no_place_for_are_told(tiny: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match="no place"):
+        quantized(other, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_waiting_layer_keeps_its_residual_and_little_else(tiny: Path) -> None:
+    """Many texts wait at a linear at once: what their coroutines still hold is what quantizing takes at most."""
+    source = open_source(tiny)
+    spec = model_spec(source.config)
+    loader = WeightLoader(source, spec, MatrixReader(source, torch.float32, "dense", False), UnpreparedOps())
+    layer, hidden = loader.layer(0), torch.randn(16, spec.hidden_size)
+    products = Reader.of(spec, UnpreparedOps(), 1, 16).products(0, layer, hidden)
+    linear, x = next(products)
+    for _ in range(4):
+        held = [it for it in products.gi_frame.f_locals.values() if isinstance(it, torch.Tensor) and it.dim() == 2]
+        assert sum(it.numel() for it in held) <= 2 * hidden.numel()
+        if linear is not layer.mlp.down:
+            linear, x = products.send(UnpreparedOps().linear(x, linear.weight))
+
+
+def test_methods_that_compare_keep_some_text_apart(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    seen = []
+
+    def spy(problem):
+        seen.append((problem.inputs.count, problem.unseen.count))
+        return METHODS["rtn"](problem)
+
+    monkeypatch.setattr(run, "METHODS", {"auto": spy})
+    quantized(tiny, tmp_path / "out", replace(FINE, method="auto", samples=16))
+    assert set(seen) == {(8 * 24, 8 * 24)}
+
+
+def test_whole_rows(tiny: Path, tmp_path: Path) -> None:
+    outcome = quantized(tiny, tmp_path / "out", replace(FINE, method="gptq", group_size=-1))
+    assert {it.group_size for it in outcome.linears} == {32, 64}
+    assert outcome.kl < 0.05
 
 
 class Interrupt(KeyboardInterrupt):
@@ -188,18 +248,30 @@ def test_an_unfinished_run_with_other_settings_is_not_mixed_in(tiny: Path, tmp_p
         quantized(tiny, tmp_path / "out")
 
 
-def test_nothing_is_overwritten(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="exists"):
+def test_somebody_elses_directory_is_left_alone(tiny: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.tex").write_text("...")
+    with pytest.raises(ConfigError, match=r"thesis.tex"):
         quantized(tiny, tmp_path / "out")
+    assert (partial / "thesis.tex").exists()
 
 
-def test_a_full_disk_leaves_nothing_that_looks_whole(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+def test_shards_of_a_run_that_kept_nothing_are_not_taken(tiny: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "model-00001-of-00009.safetensors").write_bytes(b"old")
+    quantized(tiny, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_full_disk_leaves_nothing_that_looks_whole(at: int, tiny: Path, tmp_path: Path, monkeypatch) -> None:
     real, calls = save.save_file, []
 
     def full(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == at:
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
@@ -210,6 +282,21 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tiny: Path, tmp_path: Path,
     assert not list((tmp_path / "out.partial").glob("*.writing"))
     monkeypatch.undo()
     assert quantized(tiny, tmp_path / "out").kl < 0.01
+
+
+def test_a_disk_that_is_full_at_the_very_end_loses_no_layer(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(source, directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save, "_write_tokenizer", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        quantized(tiny, tmp_path / "out")
+    monkeypatch.undo()
+    done = []
+    quantize(
+        open_source(tiny), tmp_path / "out", FINE, texts(VOCAB, FINE.samples, FINE.seqlen), lambda *it: done.append(it)
+    )
+    assert done == [(2, 2)]
 
 
 def test_weights_that_are_not_finite_are_told_with_their_layer(tiny: Path, tmp_path: Path) -> None:
@@ -253,7 +340,14 @@ def test_a_shard_that_was_lost_in_between_is_told(tiny: Path, tmp_path: Path) ->
 
 
 def test_what_a_format_has_no_place_for_is_told_before_the_work(tmp_path: Path) -> None:
-    odd = write_checkpoint(tmp_path / "odd", intermediate_size=176)  # groups of 32 for some, of 16 for others
-    with pytest.raises(UnsupportedModelError, match="group"):
-        quantized(odd, tmp_path / "out", replace(FINE, format="awq", bits=4, group_size=32))
+    odd = write_checkpoint(tmp_path / "odd", intermediate_size=176)
+    with pytest.raises(UnsupportedModelError, match=r"no multiple of 32.*compressed-tensors"):
+        quantized(odd, tmp_path / "out", replace(FINE, format="gptq", bits=4))
     assert not list(tmp_path.glob("out*"))
+
+
+def test_awq_has_one_group_that_fits_all_layers(tmp_path: Path) -> None:
+    odd = write_checkpoint(tmp_path / "odd", intermediate_size=176)  # 32 would fit the others
+    outcome = quantized(odd, tmp_path / "out", replace(FINE, format="awq", bits=4, group_size=32))
+    assert {it.group_size for it in outcome.linears} == {16}
+    assert load_model(tmp_path / "out", dtype="float32", ops=ReferenceOps()).spec.intermediate_size == 176

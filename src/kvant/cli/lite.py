@@ -14,8 +14,6 @@ from kvant.quantize.recipe import Recipe
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
 
-WINDOWS, WINDOW_SIZE = 4, 512  # as `kvant calibrate` has them
-
 Out = Annotated[Path, option("--work-dir", "The directory to make.", "--work_dir", "-o")]
 Bits = Annotated[int, option("--w-bits", "4 or 8.", "--w_bits")]
 Group = Annotated[int, option("--w-group-size", "Inputs that share a scale.", "--w_group_size")]
@@ -97,16 +95,22 @@ def calibrate(
     *,
     work_dir: Out,
     calib_dataset: Calib = BUNDLED,
-    calib_samples: Samples = WINDOWS,
-    calib_seqlen: Seqlen = WINDOW_SIZE,
+    calib_samples: Annotated[
+        int | None, option("--calib-samples", "Pieces of it that are read. Default: 4.", "--calib_samples")
+    ] = None,
+    calib_seqlen: Annotated[
+        int | None, option("--calib-seqlen", "Tokens in each of them. Default: 512, or less.", "--calib_seqlen")
+    ] = None,
 ) -> None:
     """Measure a model's KV cache, as `kvant calibrate --kv` does. Quantizing weights does its own measuring."""
     calib = calibration_file(calib_dataset)
     with reading_progress() as progress:
         # Imported here: it needs torch.
         from kvant.quantize.kv_calibrate import calibrate_kv
+        from kvant.quantize.kv_known import WINDOWS
 
-        calibrate_kv(model, work_dir, text=calib, samples=calib_samples, seqlen=calib_seqlen, progress=progress)
+        samples = WINDOWS if calib_samples is None else calib_samples
+        calibrate_kv(model, work_dir, text=calib, samples=samples, seqlen=calib_seqlen, progress=progress)
     typer.echo(
         f"written to {work_dir}; use: kvant serve MODEL --kv-cache-dtype int4 --quantization-param-path {work_dir}"
     )

@@ -28,8 +28,9 @@ def quantize(
     method: Annotated[str, option("--method", f"How: {', '.join(METHOD_NAMES)}.")] = Recipe.method,
     bits: Annotated[int, option("--bits", "4 or 8. Default: 4, and 8 for smoothquant.")] = Recipe.bits,
     group_size: Annotated[
-        int, option("--group-size", "Inputs that share a scale: a power of two, or -1 for whole rows.")
-    ] = Recipe.group_size,
+        int | None,
+        option("--group-size", "Inputs that share a scale: a power of two, or -1 for whole rows. Default: 128."),
+    ] = None,
     symmetric: Annotated[
         bool | None,
         option(
@@ -102,14 +103,15 @@ def run(model: str | None, out: Path, recipe: Recipe, calib: str, num_threads: i
     with layer_progress() as progress:
         # Imported here: it needs torch.
         from kvant.evaluate.texts import read_text
-        from kvant.quantize.quantize import quantize_model
+        from kvant.quantize.quantize import is_begun, quantize_model
 
         try:
             outcome = quantize_model(
                 model, out, recipe, calib=text, unseen=read_text(None), num_threads=num_threads, progress=progress
             )
         except KeyboardInterrupt:
-            typer.echo("interrupted; the same command goes on from here", err=True)
+            kept = " What was done is kept: the same command goes on from there." if is_begun(out) else ""
+            typer.echo(f"interrupted.{kept}", err=True)
             raise typer.Exit(130) from None
     _print(outcome, out)
 
@@ -128,4 +130,4 @@ def _print(outcome: Outcome, out: Path) -> None:
     console.print()
     for note in outcome.notes():
         console.print(note, style="dim", markup=False)
-    typer.echo(f"written to {out}; use: kvant chat {out if out.is_absolute() else Path(out)}")
+    typer.echo(f"written to {out}; use: kvant chat {out}")

@@ -113,11 +113,13 @@ def decoder_layer(
     tokens: TokenContext,
 ) -> Products[tuple[Tensor, Tensor]]:
     """One layer of the decoder: x [T, hidden], what the one before adds to its residual -> the same of this layer."""
-    h, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps)
-    x = yield from attention(ops, h, weights.attention, shape, spec.rms_eps, cache, tokens)
+    # Nothing but the residual and x has a name where the layer stops: many of them may wait there at once.
+    qkv, out, gate_up, down = weights.linears.values()
+    x, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps)
+    x = yield out, attention(ops, (yield qkv, x), weights.attention, shape, spec.rms_eps, cache, tokens)
     x = _post_norm(ops, x, weights.post_attention_norm, spec.rms_eps)
-    h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps)
-    x = yield from mlp(ops, h, weights.mlp, spec.activation)
+    x, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps)
+    x = yield down, ops.gated((yield gate_up, x), spec.activation)
     return _post_norm(ops, x, weights.post_mlp_norm, spec.rms_eps), residual
 
 
@@ -127,29 +129,22 @@ def _post_norm(ops: Ops, x: Tensor, weight: Tensor | None, eps: float) -> Tensor
 
 def attention(
     ops: Ops,
-    x: Tensor,
+    qkv: Tensor,
     weights: AttentionWeights,
     shape: AttentionShape,
     eps: float,
     cache: KVLayer,
     tokens: TokenContext,
-) -> Products[Tensor]:
-    """Project, norm the heads, rotate and write, attend, project back: [T, hidden] -> [T, hidden]."""
+) -> Tensor:
+    """Norm the heads, rotate and write, attend: projected [T, (H + 2 G) D] -> [T, H D]."""
     heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    qkv = (yield weights.qkv, x).unflatten(-1, (heads + 2 * groups, dim))
-    q, k, v = qkv.split([heads, groups, groups], dim=1)
+    q, k, v = qkv.unflatten(-1, (heads + 2 * groups, dim)).split([heads, groups, groups], dim=1)
     if weights.q_norm is not None and weights.k_norm is not None:
         q, k = ops.rms_norm(q, weights.q_norm, eps), ops.rms_norm(k, weights.k_norm, eps)
     q = ops.rope_write_kv(q, k, v, tokens.rotary, cache, tokens.batch)
     if tokens.query_scale is not None:
         q = q * tokens.query_scale.to(q.dtype)
-    return (yield weights.out, ops.attention(q, cache, tokens.batch, shape).flatten(1))
-
-
-def mlp(ops: Ops, x: Tensor, weights: MlpWeights, activation: str) -> Products[Tensor]:
-    """down(act(gate(x)) * up(x)): [T, hidden] -> [T, hidden]."""
-    gate_up = yield weights.gate_up, x
-    return (yield weights.down, ops.gated(gate_up, activation))
+    return ops.attention(q, cache, tokens.batch, shape).flatten(1)
 
 
 def computed(ops: Ops, products: Products[T]) -> T:

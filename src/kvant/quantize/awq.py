@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvant.quantize.grid import Grid, GridSpec
+from kvant.quantize.grid import Grid, GridSpec, spread
 from kvant.quantize.moments import Moments
 
 _STEPS = 20
-_ROWS = 1024  # of the weight that candidates are compared on
+_ROWS, _FEWEST_ROWS = 1024, 128  # of the weight, that candidates are compared on
+_PRODUCTS = 1 << 32
 
 
 def awq_scale(weight: Tensor, inputs: Moments, spec: GridSpec, ties: Tensor | None = None) -> Tensor:
@@ -26,7 +27,8 @@ def awq_scale(weight: Tensor, inputs: Moments, spec: GridSpec, ties: Tensor | No
         spec: what the codes are like.
         ties: [K] int64, channels of one number have one factor (see `tied`).
     """
-    rows = weight[torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long()]
+    # Products with the moments are what takes the time: few rows of a wide weight tell enough.
+    rows = spread(weight, min(_ROWS, max(_FEWEST_ROWS, _PRODUCTS // weight.shape[1] ** 2)))
     best, least = torch.ones(weight.shape[1]), torch.inf
     for candidate in _candidates(weight, inputs, spec, ties):
         scaled = rows * candidate

@@ -20,6 +20,7 @@ _DAMPING = 0.01
 _PASSES = 2
 _PRIOR = 1e-3  # how much scales are held to what they were, relative to the diagonal of A
 _BLOCK = 128  # columns whose changes are carried on together
+_ELEMENTS_AT_ONCE = 1 << 24  # of A
 
 
 def descend(weight: Tensor, found: PackedWeight, inputs: Moments, spec: GridSpec) -> PackedWeight:
@@ -69,7 +70,18 @@ def _pass(weight: Tensor, codes: Tensor, grid: Grid, second: Tensor) -> Tensor:
 
 
 def _refitted(weight: Tensor, codes: Tensor, grid: Grid, second: Tensor) -> Grid:
-    """With the scales that suit the codes best; rows in which they do not, once they are rounded, stay as they are.
+    """With the scales that suit the codes best, some rows at a time."""
+    step = max(1, _ELEMENTS_AT_ONCE // grid.scale.shape[1] ** 2)
+    rows = [slice(first, first + step) for first in range(0, len(weight), step)]
+    parts = [
+        _refit(weight[some], codes[some], replace(grid, scale=grid.scale[some], zero=grid.zero[some]), second)
+        for some in rows
+    ]
+    return replace(grid, scale=torch.cat(parts))
+
+
+def _refit(weight: Tensor, codes: Tensor, grid: Grid, second: Tensor) -> Tensor:
+    """The scales [N, groups] that suit the codes best; rows that are not better once these are rounded keep theirs.
 
     With c the codes less their zero points, a row's error is a quadratic form of its scales, s A s - 2 b s, where A is
     c_g H c_h for each two groups, and b is c_g H w.
@@ -92,4 +104,4 @@ def _refitted(weight: Tensor, codes: Tensor, grid: Grid, second: Tensor) -> Grid
         return ((a @ s.unsqueeze(-1)).squeeze(-1) * s - 2 * b * s).sum(1)
 
     better = (loss(scale) < loss(grid.scale)) & scale.isfinite().all(1)
-    return replace(grid, scale=torch.where(better.unsqueeze(1), scale, grid.scale))
+    return torch.where(better.unsqueeze(1), scale, grid.scale)

@@ -19,6 +19,7 @@ from kvant.models.layers import LayerWeights, Linear
 from kvant.models.spec import ModelSpec
 
 _NORMS = ("input_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm")
+_SMALLEST, _LARGEST = 2.0**-14, 2.0**15  # of a scale in float16, to be normal
 _TOLERANCE = 1e-3  # of what the layer adds; float32 leaves a hundredth of that
 
 
@@ -42,9 +43,9 @@ class Fold:
         return None if len(self.channels.unique()) == len(self.channels) else self.channels - self.channels.min()
 
     def settled(self, layer: LayerWeights, scale: Tensor) -> Tensor:
-        """The factors nearest to these, [K], that can be stored."""
+        """The factors nearest to these, [K], that can be stored; of rows, powers of two, which change no digit."""
         if self.stored is None:
-            return scale
+            return self._exact(layer, scale)
         norm = getattr(layer, self.producer)
         divided = self._stored_norm(norm, scale)
         possible = (divided / norm > 0) & divided.isfinite()
@@ -62,6 +63,17 @@ class Fold:
         factors[self.channels] = 1 / scale
         bias = None if linear.bias is None else linear.bias * factors
         return layer.with_linears(**{self.producer: Linear(linear.weight.times(factors), bias)})
+
+    def _exact(self, layer: LayerWeights, scale: Tensor) -> Tensor:
+        """Powers of two that leave the scales of the rows within float16's normal numbers."""
+        planes = layer.linears[self.producer].weight.planes
+        data = (planes["scale"] if "scale" in planes else planes["weight"]).data[self.channels].float().abs()
+        least = torch.where(data > 0, data, torch.inf).amin(1)
+        limits = (data.amax(1) / _LARGEST).clamp(min=1e-30), least / _SMALLEST
+        exponent = scale.log2().round()
+        low, high = limits[0].log2().ceil(), limits[1].log2().floor()
+        chosen: Tensor = torch.where(low <= high, exponent.clamp(low, high), 0.0).exp2()
+        return chosen
 
     def _stored_norm(self, norm: Tensor, scale: Tensor) -> Tensor:
         assert self.stored is not None

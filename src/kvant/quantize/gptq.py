@@ -36,7 +36,8 @@ def gptq(weight: Tensor, inputs: Moments, spec: GridSpec, damping: float = DAMPI
     """
     order, group = _visiting_order(inputs.importance, spec.group_size), spec.group_size
     work, factor = weight[:, order].clone(), _inverse_factor(inputs.second[order][:, order], damping)
-    importance = factor.diagonal().square().reciprocal()
+    # An input that is always zero has a moment only to be divided by; no error of its weights counts.
+    importance = torch.where(inputs.importance[order] == 0, 0.0, factor.diagonal().square().reciprocal())
     codes = torch.empty_like(work)
     scales = torch.empty(len(work), len(order) // group)
     zeros = torch.empty_like(scales)
@@ -66,14 +67,15 @@ def _inverse_factor(second: Tensor, damping: float) -> Tensor:
     """
     mean = second.diagonal().mean()
     dead = second.diagonal() == 0
-    identity = torch.eye(len(second))
     for retry in range(_RETRIES):
-        damped = second + (damping * 10**retry * mean) * identity
-        damped.diagonal()[dead] = mean if mean > 0 else 1.0
         # Of the matrix turned around, L L^T; turned back, L is the upper triangular R of R R^T, whose inverse is U.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = second.flip(0, 1)
+        damped.diagonal().add_(damping * 10**retry * mean)
+        damped.diagonal()[dead.flip(0)] = mean if mean > 0 else 1.0
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(second)), upper=True)
             if factor.isfinite().all():
                 return Tensor(factor)
     raise UnsupportedModelError(

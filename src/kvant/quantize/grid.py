@@ -150,3 +150,8 @@ def _loss(grid: Grid, groups: Tensor, counts: Tensor | None) -> Tensor:
 def _inverse(scale: Tensor) -> Tensor:
     """1 / scale, and 0 for 0."""
     return torch.where(scale == 0, 0.0, 1 / scale)
+
+
+def spread(rows: Tensor, count: int) -> Tensor:
+    """So many of the rows, at equal distances; all where there are fewer."""
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]

@@ -100,16 +100,15 @@ class LayerQuantizer:
     def _solve(
         self, spec: GridSpec, linear: Linear, stored: LayerWeights, fold: Fold | None, inputs: Sequence[Tensor]
     ) -> tuple[Solution, float]:
-        """The linear in few bits, and its error on all of the text."""
+        """The linear in few bits, and its error on the text."""
         problem = self._problem(spec, linear, stored, fold, inputs)
         solution = self.method(problem)
-        seen = problem.inputs if problem.unseen is None else problem.inputs.joined(problem.unseen)
-        return solution, solution.error(problem, seen)
+        return solution, solution.error(problem, problem.inputs)
 
     def _problem(
         self, spec: GridSpec, linear: Linear, stored: LayerWeights, fold: Fold | None, inputs: Sequence[Tensor]
     ) -> Problem:
-        seen = -(-len(inputs) * 7 // 8) if self.compares and len(inputs) > 1 else len(inputs)
+        seen = len(inputs) - max(1, len(inputs) // 8) if self.compares and len(inputs) > 1 else len(inputs)
         return Problem(
             weight=linear.weight.dequantize(torch.float32),
             inputs=Moments.of(inputs[:seen]),

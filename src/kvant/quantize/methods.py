@@ -39,9 +39,8 @@ class Problem:
     ties: Tensor | None = None
 
     def scaled(self, scale: Tensor) -> Problem:
-        """The same with the inputs divided by factors [K], and the weight multiplied."""
-        unseen = None if self.unseen is None else self.unseen.divided(scale)
-        return replace(self, weight=self.weight * scale, inputs=self.inputs.divided(scale), unseen=unseen, settled=None)
+        """The same with the inputs divided by factors [K], and the weight multiplied; nothing is left to compare on."""
+        return replace(self, weight=self.weight * scale, inputs=self.inputs.divided(scale), unseen=None, settled=None)
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,8 @@ def _gptq_descent(problem: Problem) -> Solution:
 
 
 def _awq(problem: Problem) -> Solution:
+    if problem.settled is None:
+        return replace(_rtn(problem), method="awq")
     # Factors are chosen for plain ranges, and may be of no use once ranges are fitted.
     contenders = (_after_scaling("awq", _rtn)(problem), replace(_rtn(problem), method="awq"))
     return min(contenders, key=lambda it: it.error(problem, problem.inputs))
@@ -119,11 +120,12 @@ _CONTENDERS: tuple[Method, ...] = (_gptq_descent, _awq, _after_scaling("awq+gptq
 
 def _auto(problem: Problem) -> Solution:
     """The one whose errors are smallest on text that it has not seen; then it sees that too."""
+    contenders = _CONTENDERS if problem.settled else _CONTENDERS[:2]
     if problem.unseen is None:
-        return min((method(problem) for method in _CONTENDERS), key=lambda it: it.error(problem, problem.inputs))
-    unseen, together = problem.unseen, replace(problem, inputs=problem.inputs.joined(problem.unseen), unseen=None)
-    errors = {method: method(problem).error(problem, unseen) for method in _CONTENDERS}
-    return min(errors, key=lambda method: errors[method])(together)
+        return min((method(problem) for method in contenders), key=lambda it: it.error(problem, problem.inputs))
+    errors = {method: method(problem).error(problem, problem.unseen) for method in contenders}
+    best = min(errors, key=lambda method: errors[method])
+    return best(replace(problem, inputs=problem.inputs.joined(problem.unseen), unseen=None))
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(

@@ -149,12 +149,12 @@ def unseen_scores(
         quantized: the same of the quantized model.
         windows: token ids.
     """
-    head = loader.head().weight.planes["weight"].data
+    head, bias = (linear := loader.head()).weight.planes["weight"].data, linear.bias
     norm, spec, ops = loader.norm(), loader.spec, ChunkedOps()
     count, length = len(windows), len(windows[0])
 
     def logits(hidden: Tensor) -> Tensor:
-        values = F.linear(ops.rms_norm(hidden, norm, spec.rms_eps), head)
+        values = F.linear(ops.rms_norm(hidden, norm, spec.rms_eps), head, bias)
         return values if spec.final_softcap is None else torch.tanh(values / spec.final_softcap) * spec.final_softcap
 
     plain, rounded = (torch.cat(list(it)).view(count, length, -1)[:, :-1].flatten(0, 1) for it in (original, quantized))
@@ -186,7 +186,8 @@ def model_card(outcome: Outcome, name: str) -> str:
         *(f"- {note}" for note in outcome.notes()),
         f"- every linear's error is in {REPORT_FILE}",
         "",
-        f"Run it with `kvant chat {name}`, or with any program that reads {outcome.recipe.format} checkpoints.",
+        f"Run it with `kvant chat ./{name}`, or with any program that reads {outcome.recipe.format} checkpoints"
+        f"{'' if outcome.recipe.symmetric else ' with zero points'}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -14,9 +14,11 @@ from kvant.quantize.outcome import Outcome
 from kvant.quantize.recipe import Recipe
 from kvant.quantize.run import Texts, quantize
 from kvant.quantize.texts import Window, calibration_text, cut_windows
+from kvant.quantize.unfinished import Unfinished
 from kvant.text.tokenizer import Tokenizer
 from kvant.weights.load import open_source
 from kvant.weights.locate import locate
+from kvant.weights.save import CheckpointWriter
 from kvant.weights.tokenizer import read_tokenizer
 
 UNSEEN_WINDOWS = 8
@@ -47,6 +49,10 @@ def quantize_model(
     Raises:
         KvantError: with the cause. A directory that looks whole is whole.
     """
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another directory, or remove it")
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError(f"num_threads={num_threads} must be at least 1")
     source = open_source(locate(model))
     tokenizer, limit = read_tokenizer(source), model_spec(source.config).max_position
     if recipe.seqlen > limit:
@@ -58,6 +64,11 @@ def quantize_model(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return quantize(source, out, recipe, texts, progress)
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a run into this directory was interrupted, and can be gone on with."""
+    return Unfinished.is_kept(CheckpointWriter(out, 0).partial)
 
 
 def _unseen_windows(text: str, tokenizer: Tokenizer, size: int) -> tuple[Window, ...]:

@@ -26,8 +26,8 @@ class Recipe:
         method: "awq", "gptq", "rtn" (to nearest, ranges weighed by what the inputs are like), "plain" (to nearest, full
             ranges), "auto" (what measures best, layer by layer), or "smoothquant" (W8A8).
         bits: 4 or 8; 0 is 4, and 8 for smoothquant, which has no other.
-        group_size: inputs that share a scale; -1 is a whole row, as smoothquant always has it. A layer whose inputs are
-            not whole groups has the largest half, quarter ... that fits.
+        group_size: inputs that share a scale; -1 is a whole row. None is 128, and -1 for smoothquant, which
+            has no other. A layer whose inputs are not whole groups has the largest half, quarter ... that fits.
         symmetric: without zero points, as smoothquant always is. None is what most readers of the format take: with
             zero points for "awq", without for the others.
         format: of the checkpoint: "compressed-tensors", "awq" or "gptq".
@@ -38,7 +38,7 @@ class Recipe:
 
     method: str = "auto"
     bits: int = 0
-    group_size: int = 128
+    group_size: int | None = None
     symmetric: bool | None = None
     format: str = FORMAT_NAMES[0]
     samples: int = 128
@@ -51,6 +51,8 @@ class Recipe:
             object.__setattr__(self, "bits", 8 if w8a8 else 4)
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", self.format != "awq")
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", WHOLE_ROW if w8a8 else 128)
         for name, known in (("method", METHOD_NAMES), ("format", FORMAT_NAMES)):
             value = getattr(self, name)
             _require(value in known, f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
@@ -64,18 +66,22 @@ class Recipe:
         _require(
             self.format != "awq" or self.bits == 4, "format='awq' has 4 bits only; choose compressed-tensors or gptq"
         )
-        size = self.group_size
+        size = self.group_size or 0
+        _require(
+            not w8a8 or size == WHOLE_ROW,
+            "smoothquant has one scale a row; leave group_size out, or choose another method",
+        )
         _require(
             size == WHOLE_ROW or (size >= _SMALLEST_GROUP and size & (size - 1) == 0),
             f"group_size={size!r} must be a power of two from {_SMALLEST_GROUP} on, or -1 for whole rows",
         )
-        for name in ("samples", "seqlen"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)!r} must be at least 1")
+        _require(self.samples >= 1, f"samples={self.samples!r} must be at least 1")
+        _require(self.seqlen >= 2, f"seqlen={self.seqlen!r} must be at least 2: one token to read, one to foresee")
 
     def group(self, columns: int) -> int:
         """How many of a linear's inputs share a scale."""
-        whole = self.method == "smoothquant" or self.group_size == WHOLE_ROW
-        size = columns if whole else self.group_size
+        size = columns if self.group_size in (None, WHOLE_ROW) else self.group_size
+        assert size is not None
         while columns % size:
             size //= 2
         return size if size >= _SMALLEST_GROUP else columns

@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -35,9 +36,10 @@ from kvant.quantize.stored import StoredModel
 from kvant.quantize.texts import Window
 from kvant.quantize.unfinished import Streams, Unfinished
 from kvant.version import __version__
+from kvant.weights.codecs.plain import read_vector
 from kvant.weights.codecs.writing import Layout, writer
 from kvant.weights.hf_config import hf_config
-from kvant.weights.load import WeightLoader
+from kvant.weights.load import CHECKPOINT_DTYPES, WeightLoader, check_places
 from kvant.weights.matrices import MatrixReader
 from kvant.weights.parts import fused_linears
 from kvant.weights.save import CheckpointWriter
@@ -47,7 +49,6 @@ Progress = Callable[[int, int], None]
 
 _TEXTS_AT_ONCE = 8
 _TRIAL_TOKENS = 32  # that folds are tried on
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,17 @@ class _Run:
     @classmethod
     def of(cls, source: TensorSource, out: Path, recipe: Recipe, texts: Texts) -> _Run:
         """Ready to begin; what can be told before is told here."""
-        if out.exists():
-            raise ConfigError(f"{out} exists; choose another directory, or remove it")
         spec, config = model_spec(source.config), hf_config(source)
         stored_spec = model_spec(config)
-        dtype = _DTYPES.get(spec.dtype, torch.bfloat16) if recipe.format == "compressed-tensors" else torch.float16
+        dtype = (
+            CHECKPOINT_DTYPES.get(spec.dtype, torch.bfloat16)
+            if recipe.format == "compressed-tensors"
+            else torch.float16
+        )
         stored = StoredModel(stored_spec, family_of(config).names, writer(recipe.format), dtype)
+        recipe = _with_one_group(recipe, stored) if recipe.format == "awq" else recipe
         loader = WeightLoader(source, spec, MatrixReader(source, torch.float32, "dense", False), UnpreparedOps())
+        check_places(source, set(source.shapes()) - loader.places())
         length = len(texts.calibration[0])
         return cls(
             source=source,
@@ -122,8 +127,11 @@ class _Run:
     def all(self, texts: Texts, progress: Progress) -> Outcome:
         """From the first layer, or where an interrupted run stopped, to the end."""
         begun = time.monotonic()
-        self.checkpoint.begin()
-        run = Unfinished.load(self.checkpoint.partial, self.settings) or self._start(texts)
+        run = Unfinished.load(self.checkpoint.partial, self.settings)
+        if run is None:
+            self.checkpoint.begin()
+            run = self._start(texts)
+        self.checkpoint.check(run.layer + 1)
         begun -= run.seconds
         count = len(self.spec.layers)
         progress(run.layer, count)
@@ -139,15 +147,16 @@ class _Run:
 
     def _finish(self, outcome: Outcome) -> Outcome:
         """Write what is said of the checkpoint, and give it its name."""
-        ignored = [self.stored.names.head, *_ignored(self.stored, self.recipe)]
+        ignored = sorted({self.stored.names.head, *_ignored(self.stored, self.recipe)})
         note = self.stored.writer.config(self.layouts, ignored)
         dtype = str(self.stored.dtype).removeprefix("torch.")
         self.checkpoint.write_json(REPORT_FILE, outcome.as_json())
         self.checkpoint.write_text("README.md", model_card(outcome, self.checkpoint.out.name))
-        Unfinished.forget(self.checkpoint.partial)
         config = {**hf_config(self.source), "torch_dtype": dtype, "quantization_config": note}
         config.pop("dtype", None)
-        self.checkpoint.finish(config, self.source)
+        self.checkpoint.complete(config, self.source)
+        Unfinished.forget(self.checkpoint.partial)
+        self.checkpoint.publish()
         return outcome
 
     def _start(self, texts: Texts) -> Unfinished:
@@ -162,19 +171,30 @@ class _Run:
         if not spec.tied_embeddings:
             head = self.source.checked(f"{names.head}.weight", shape, stored.dtype)
             tensors[f"{stored.names.head}.weight"] = stored.dense(names.head, head)
+        if (bias := self._head_bias()) is not None:
+            tensors[f"{stored.names.head}.bias"] = stored.dense(names.head, bias)
         self.checkpoint.write(1, tensors)
         embed = partial(_embedded, embedding, spec.embedding_scale)
         unseen = embed(texts.unseen)
         return Unfinished(0, Streams(embed(texts.calibration), unseen, list(unseen)), (), 0.0)
 
+    def _head_bias(self) -> Tensor | None:
+        spec, names = self.spec, self.loader.names
+        name = names.embedding if spec.tied_embeddings else names.head
+        return read_vector(self.source, f"{name}.bias", spec.vocab_size, self.stored.dtype)
+
     def _layer(self, index: int, streams: Streams) -> tuple[Streams, QuantizedLayer]:
         """A layer quantized, and the texts after it."""
         layer = self.loader.layer(index)
-        folds = self._folds(index, layer, streams.calibration[0])
+        specs = self._specs(index, layer)
+        folds = {
+            kind: fold
+            for kind, fold in self._folds(index, layer, streams.calibration[0]).items()
+            if fold.stored is not None or fold.producer in specs  # what is ignored is not changed either
+        }
         dense = _prepared(layer)
         original = [self.reader.layer(index, dense, hidden) for hidden in streams.original]
         del dense
-        specs = self._specs(index, layer)
         quantizer = LayerQuantizer(self.reader, METHODS[self.recipe.method], specs, self.recipe.method == "auto")
         try:
             result, calibration = quantizer(index, layer, folds, streams.calibration)
@@ -221,6 +241,12 @@ def _grid(recipe: Recipe, columns: int, dtype: torch.dtype) -> GridSpec:
     return GridSpec(recipe.bits, recipe.group(columns), bool(recipe.symmetric), dtype)
 
 
+def _with_one_group(recipe: Recipe, stored: StoredModel) -> Recipe:
+    """With the group size that fits all layers, for a format that has no other."""
+    widths = {fused.columns for fused in fused_linears(stored.spec, stored.names).values()}
+    return dataclasses.replace(recipe, group_size=min(map(recipe.group, widths)))
+
+
 def _ignored(stored: StoredModel, recipe: Recipe) -> list[str]:
     """The projections that stay as they are: those that the recipe names, and those that are fused with them."""
     kinds = fused_linears(stored.spec, stored.names)
@@ -234,6 +260,7 @@ def _checked_layouts(stored: StoredModel, recipe: Recipe) -> dict[str, Layout]:
     Raises:
         ConfigError, UnsupportedModelError: the format has no place for it, or nothing is left to be quantized.
     """
+    _check_patterns(stored, recipe)
     layouts, ignored = {}, set(_ignored(stored, recipe))
     inputs: Literal["token", "none"] = "token" if recipe.method == "smoothquant" else "none"
     for kind, fused in fused_linears(stored.spec, stored.names).items():
@@ -249,6 +276,14 @@ def _checked_layouts(stored: StoredModel, recipe: Recipe) -> dict[str, Layout]:
         raise ConfigError(f"ignore={list(recipe.ignore)} leaves nothing to quantize")
     stored.writer.config(layouts, sorted(ignored))
     return layouts
+
+
+def _check_patterns(stored: StoredModel, recipe: Recipe) -> None:
+    kinds = fused_linears(stored.spec, stored.names)
+    names = [name for index in range(len(stored.spec.layers)) for kind in kinds for name in stored.modules(index, kind)]
+    for pattern in recipe.ignore:
+        if not any(fnmatchcase(name, pattern) for name in (*names, stored.names.head)):
+            raise ConfigError(f"ignore={pattern!r} is no module's name, such as {names[-1]!r}; '*' stands for any text")
 
 
 def _settings(source: TensorSource, recipe: Recipe, texts: Texts) -> dict[str, object]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.kernels.reference import rounded_inputs
 from kvant.quantize.awq import tied
-from kvant.quantize.grid import Grid, GridSpec
+from kvant.quantize.grid import Grid, GridSpec, spread
 from kvant.quantize.moments import Moments
 
 _ALPHAS = tuple(i / 20 for i in range(6, 20))
@@ -46,8 +46,8 @@ def smoothquant_scale(
         ties: see `awq.tied`.
         settled: the factors nearest to some that can be stored.
     """
-    rows = weight[torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).long()]
-    sample = inputs.sample[:: -(-len(inputs.sample) // _TOKENS)]
+    rows = spread(weight, _ROWS)
+    sample = spread(inputs.sample, _TOKENS)
     wanted = sample @ rows.T
 
     def loss(scale: Tensor) -> float:

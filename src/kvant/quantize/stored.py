@@ -13,7 +13,7 @@ from kvant.formats.weight import PackedWeight
 from kvant.models.families import Names
 from kvant.models.layers import LayerWeights, Linear
 from kvant.models.spec import ModelSpec
-from kvant.weights.codecs.writing import Layout, Writer
+from kvant.weights.codecs.writing import Writer
 from kvant.weights.parts import FusedLinear, Part, fused_linears
 
 
@@ -50,15 +50,6 @@ class StoredModel:
                 if bias is not None:
                     found[f"{name}.bias"] = self.dense(f"{name}.bias", bias)
         return found
-
-    def layouts(self, index: int, layer: LayerWeights) -> dict[str, Layout]:
-        """What each quantized projection of a layer is like."""
-        return {
-            name: Layout.of(linear.weight)
-            for kind, linear in layer.linears.items()
-            if linear.weight.format != "dense"
-            for name in self.modules(index, kind)
-        }
 
     def norm(self, name: str, norm: Tensor) -> Tensor:
         """A norm's weight as it is stored."""

@@ -83,6 +83,11 @@ class Unfinished:
         return cls(note["layer"], _streams(tensors), reports, note["seconds"])
 
     @staticmethod
+    def is_kept(directory: Path) -> bool:
+        """Whether a run is kept there."""
+        return (directory / _FILE).exists()
+
+    @staticmethod
     def forget(directory: Path) -> None:
         """Remove what was kept."""
         (directory / _FILE).unlink(missing_ok=True)

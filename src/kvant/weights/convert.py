@@ -22,7 +22,7 @@ from kvant.models.families import model_spec
 from kvant.models.layers import Linear
 from kvant.models.spec import ModelSpec
 from kvant.text.save import save_tokenizer
-from kvant.weights.load import WeightLoader, check_all_read, compute_dtype
+from kvant.weights.load import WeightLoader, check_places, compute_dtype
 from kvant.weights.matrices import MatrixReader, Rounding
 from kvant.weights.parallel import Rank
 from kvant.weights.source import TensorSource
@@ -169,7 +169,7 @@ class _Writer:
             for shard in shards:
                 stack.callback(shard.abandon)
             self._write_pieces(shards, progress)
-            check_all_read(self.loader.source)
+            check_places(self.loader.source, self.loader.source.unread())
             entries = [shard.finish() for shard in shards]
         write_header(directory, self.made, self.loader.source.config, entries)
 

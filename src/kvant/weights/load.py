@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ _CACHE_CONSTANTS = (
     *(f".{vector}_proj.output_scale" for vector in ("q", "k", "v")),
     *(".kv_scale", ".k_proj.k_bias", ".v_proj.v_bias", "attn.prob_output_scale"),
 )
-_CHECKPOINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHECKPOINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def load_model(
     matrices = replace(matrices, dtype=compute_dtype(dtype, spec, matrices))
     _check_memory(matrices)
     prepared = WeightLoader(source, spec, matrices, ops).load()
-    check_all_read(source)
+    check_places(source, source.unread())
     rounding = weights.name if isinstance(weights, Rounding) else None
     return LoadedModel(Decoder(spec, prepared, ops), source, matrices.dtype, _ends(source, spec), rounding)
 
@@ -116,7 +117,7 @@ def _map(source: WorkspaceSource, spec: ModelSpec, dtype: str, ops: Ops, weights
     made = source.made
     rounding = None if made.weights in ("auto", "dense") else made.weights
     decoder = Decoder(spec, mapped, ops)
-    return LoadedModel(decoder, source, _CHECKPOINT_DTYPES[made.dtype], _ends(source, spec), rounding, size)
+    return LoadedModel(decoder, source, CHECKPOINT_DTYPES[made.dtype], _ends(source, spec), rounding, size)
 
 
 def _ends(source: TensorSource, spec: ModelSpec) -> tuple[int, ...]:
@@ -133,29 +134,33 @@ def _check_memory(matrices: MatrixReader) -> None:
         )
 
 
-def check_all_read(source: TensorSource) -> None:
+def check_places(source: TensorSource, left: Set[str]) -> None:
     """Weights of a layer that the decoder has no place for would be missing from every answer.
 
+    Args:
+        source: a checkpoint.
+        left: the names of its tensors that have no place, or that nobody read.
+
     Raises:
-        UnsupportedModelError: the source has some that nobody read.
+        UnsupportedModelError: there are weights of a layer among them.
     """
     ignored = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "rope_freqs.weight", *_CACHE_CONSTANTS)
-    left = sorted(name for name in source.unread() if ".layers." in name or name.startswith(("blk.", "transformer.h.")))
-    left = [name for name in left if not name.endswith(ignored) and "vision" not in name]
-    if left:
+    names = sorted(name for name in left if ".layers." in name or name.startswith(("blk.", "transformer.h.")))
+    names = [name for name in names if not name.endswith(ignored) and "vision" not in name]
+    if names:
         raise UnsupportedModelError(
-            f"{source.path}: {len(left)} tensors, such as {left[0]!r}, have no place in the config's architecture"
+            f"{source.path}: {len(names)} tensors, such as {names[0]!r}, have no place in the config's architecture"
         )
 
 
 def compute_dtype(name: str, spec: ModelSpec, in_float32: MatrixReader) -> torch.dtype:
     """The compute type that `EngineConfig.dtype` means on this machine, for matrices that such a reader reads."""
     if name != "auto":
-        return _CHECKPOINT_DTYPES[name]
+        return CHECKPOINT_DTYPES[name]
     # PyTorch's float32 products are its fastest on CPUs without 16-bit arithmetic.
     if in_float32.peak_bytes() <= available_memory() / 2:
         return torch.float32
-    stored = _CHECKPOINT_DTYPES.get(spec.dtype, torch.bfloat16)
+    stored = CHECKPOINT_DTYPES.get(spec.dtype, torch.bfloat16)
     return torch.bfloat16 if stored == torch.float32 else stored
 
 
@@ -179,6 +184,16 @@ class WeightLoader:
     def names(self) -> Names:
         """What the checkpoint calls its tensors."""
         return self.source.names_of(family_of(self.source.config))
+
+    def places(self) -> set[str]:
+        """The names of all tensors that a layer of the decoder may have."""
+        names, spec = self.names, self.spec
+        norms = [names.input_norm, names.mlp_norm]
+        norms += [names.q_norm, names.k_norm] if spec.qk_norm else []
+        norms += [names.post_attention_norm, names.post_mlp_norm] if spec.post_norms else []
+        parts = [part.name for fused in fused_linears(spec, names).values() for part in fused.parts]
+        of_a_layer = [f"{name}.weight" for name in (*norms, *parts)] + [f"{name}.bias" for name in parts]
+        return {names.layer.format(index) + name for index in range(len(spec.layers)) for name in of_a_layer}
 
     def load(self) -> DecoderWeights:
         """All of them."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvant.errors import ConfigError
+from kvant.errors import ConfigError, CorruptModelError
 from kvant.text.save import save_tokenizer
 from kvant.weights.source import TensorSource
 from kvant.weights.sources.safetensors import open_safetensors
 from kvant.weights.tokenizer import read_tokenizer
 
+_OURS = re.compile(r"model-\d+-of-\d+\.safetensors|\..*\.writing")
 INDEX = "model.safetensors.index.json"
 # What a tokenizer, a chat template or a family's own code may lie in, for tools that read them.
 _KEPT = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
@@ -48,13 +51,27 @@ class CheckpointWriter:
         return self.partial / f"model-{number:05}-of-{self.shards:05}.safetensors"
 
     def begin(self) -> None:
-        """Make the directory, unless it is there.
+        """Make the directory, in place of what a run left that got nowhere.
 
         Raises:
-            ConfigError: it cannot be made.
+            ConfigError: it cannot be made, or holds what no run left.
         """
         with told(self.partial):
-            self.partial.mkdir(parents=True, exist_ok=True)
+            if self.partial.exists():
+                _clear(self.partial)
+            self.partial.mkdir(parents=True)
+
+    def check(self, count: int) -> None:
+        """That the first shards are there.
+
+        Raises:
+            ConfigError: one is not, or is broken.
+        """
+        for number in range(1, count + 1):
+            try:
+                open_safetensors(self.shard(number))
+            except CorruptModelError as error:
+                raise ConfigError(f"{error}; remove {self.partial} to begin again") from error
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a shard.
@@ -80,8 +97,8 @@ class CheckpointWriter:
         """Write a file of JSON; as `write_text`."""
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    def finish(self, config: Mapping[str, Any], source: TensorSource) -> None:
-        """Write the index, the config, and the source's tokenizer; then the directory gets its name.
+    def complete(self, config: Mapping[str, Any], source: TensorSource) -> None:
+        """Write the index, the config, and the source's tokenizer.
 
         Raises:
             ConfigError: something cannot be written.
@@ -96,6 +113,14 @@ class CheckpointWriter:
         self.write_json("config.json", config)
         with told(self.partial):
             _write_tokenizer(source, self.partial)
+
+    def publish(self) -> None:
+        """Give the directory its name.
+
+        Raises:
+            ConfigError: it cannot be renamed.
+        """
+        with told(self.out):
             self.partial.rename(self.out)
 
     @property
@@ -114,10 +139,23 @@ def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     with told(path):
         try:
             save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+            # On the disk before it has its name, whatever happens to the machine.
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _clear(directory: Path) -> None:
+    """Remove what a run has left before it kept a state; something else may be somebody's work."""
+    if foreign := sorted(path.name for path in directory.iterdir() if not _OURS.fullmatch(path.name)):
+        raise ConfigError(
+            f"{directory}, where the checkpoint is to be written first, holds {foreign[0]!r}, which no run left; "
+            "remove that directory, or choose another place"
+        )
+    shutil.rmtree(directory)
 
 
 @contextmanager
