@@ -17,7 +17,7 @@ from torch import Tensor
 from kvant.models.families import model_spec
 from kvant.quantize.chunked import ChunkedOps
 from kvant.quantize.reader import Reader
-from kvant.quantize.scores import Scores, score, standard_error
+from kvant.quantize.scores import Scores, score_all, standard_error
 from kvant.quantize.texts import cut_windows, read_text_file
 from kvant.weights.load import WeightLoader, open_source
 from kvant.weights.matrices import MatrixReader
@@ -35,7 +35,8 @@ def hidden_states(path: Path, windows: Tensor) -> tuple[Tensor, Tensor]:
     # "auto" keeps what rounds its inputs, and expands the rest.
     loader = WeightLoader(source, spec, MatrixReader(source, torch.float32, "auto", False), ops)
     reader = Reader.of(spec, ops, TEXTS_AT_ONCE, windows.shape[1])
-    texts = [loader.embedding()[ids.flatten()] * spec.embedding_scale for ids in windows.split(TEXTS_AT_ONCE)]
+    embedding = loader.embedding()
+    texts = [embedding[ids.flatten()] * spec.embedding_scale for ids in windows.split(TEXTS_AT_ONCE)]
     for index in range(len(spec.layers)):
         weights = loader.layer(index)
         texts = [reader.layer(index, weights, hidden) for hidden in texts]
@@ -48,12 +49,10 @@ def scores(baseline: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], window
     """Every prediction of the windows, [windows, predictions]."""
     (expected, head), (hidden, other) = ((states[:, :-1].flatten(0, 1), matrix) for states, matrix in (baseline, found))
     targets = windows[:, 1:].flatten()
-    parts = [
-        score(F.linear(expected[rows], head), F.linear(hidden[rows], other), targets[rows])
-        for rows in torch.arange(len(targets)).split(ROWS)
-    ]
-    joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("nll", "kl", "agrees"))
-    return Scores(*(values.view(len(windows), -1) for values in joined))
+    found = score_all(
+        lambda rows: F.linear(expected[rows], head), lambda rows: F.linear(hidden[rows], other), targets, ROWS
+    )
+    return found.by_window(len(windows))
 
 
 def measured(names: dict[str, Path], text: Path, count: int, length: int) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvant.quantize.chunked import ChunkedOps
 from kvant.quantize.layer import LinearReport
 from kvant.quantize.recipe import Recipe
-from kvant.quantize.scores import Scores, score, standard_error
+from kvant.quantize.scores import Scores, score_all, standard_error
 from kvant.quantize.texts import Window
 from kvant.version import __version__
 from kvant.weights.load import WeightLoader
@@ -159,17 +159,9 @@ def unseen_scores(
 
     plain, rounded = (torch.cat(list(it)).view(count, length, -1)[:, :-1].flatten(0, 1) for it in (original, quantized))
     targets = torch.tensor(windows)[:, 1:].flatten()
-    found: tuple[list[Scores], list[Scores]] = ([], [])
-    for rows in torch.arange(len(targets)).split(_ROWS):
-        baseline = logits(plain[rows])
-        found[0].append(score(baseline, baseline, targets[rows]))
-        found[1].append(score(baseline, logits(rounded[rows]), targets[rows]))
-    return _joined(found[0], count), _joined(found[1], count)
-
-
-def _joined(parts: Sequence[Scores], windows: int) -> Scores:
-    fields = [field.name for field in dataclasses.fields(Scores)]
-    return Scores(*(torch.cat([getattr(part, name) for part in parts]).view(windows, -1) for name in fields))
+    baseline = score_all(lambda rows: logits(plain[rows]), lambda rows: logits(plain[rows]), targets, _ROWS)
+    found = score_all(lambda rows: logits(plain[rows]), lambda rows: logits(rounded[rows]), targets, _ROWS)
+    return baseline.by_window(count), found.by_window(count)
 
 
 def model_card(outcome: Outcome, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import nan
 
@@ -25,6 +26,10 @@ class Scores:
     kl: Tensor
     agrees: Tensor
 
+    def by_window(self, windows: int) -> Scores:
+        """[predictions] -> [windows, predictions]."""
+        return Scores(*(values.view(windows, -1) for values in (self.nll, self.kl, self.agrees)))
+
 
 def score(baseline: Tensor, logits: Tensor, targets: Tensor) -> Scores:
     """Predictions beside the baseline's.
@@ -45,6 +50,27 @@ def score(baseline: Tensor, logits: Tensor, targets: Tensor) -> Scores:
         kl=kl,
         agrees=(baseline.argmax(dim=-1) == logits.argmax(dim=-1)).double(),
     )
+
+
+def score_all(
+    baseline: Callable[[slice], Tensor], logits: Callable[[slice], Tensor], targets: Tensor, at_once: int
+) -> Scores:
+    """`score` for many rows, some of them at once.
+
+    Args:
+        baseline: some rows of the baseline's logits.
+        logits: the same rows of those to be scored.
+        targets: [R] int64, of all rows.
+        at_once: how many rows of logits are held.
+    """
+    # Made before the loop: small results that are kept between large blocks would leave the heap full of holes.
+    found = Scores(*(torch.empty(len(targets), dtype=torch.float64) for _ in range(3)))
+    for first in range(0, len(targets), at_once):
+        rows = slice(first, first + at_once)
+        some = score(baseline(rows), logits(rows), targets[rows])
+        for name in ("nll", "kl", "agrees"):
+            getattr(found, name)[rows] = getattr(some, name)
+    return found
 
 
 def standard_error(values: Tensor) -> float:
