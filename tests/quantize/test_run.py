@@ -39,7 +39,7 @@ FINE = Recipe(method="awq", bits=8, group_size=16, samples=9, seqlen=24)
 
 def texts(vocab: int = VOCAB, count: int = 9, length: int = 24) -> Texts:
     ids = torch.randint(3, vocab, (count + 2, length), generator=torch.Generator().manual_seed(3)).tolist()
-    return Texts(tuple(map(tuple, ids[:-2])), tuple(map(tuple, ids[-2:])))
+    return Texts("random tokens", tuple(map(tuple, ids[:-2])), tuple(map(tuple, ids[-2:])))
 
 
 def quantized(model: Path, out: Path, recipe: Recipe = FINE, vocab: int = VOCAB):
@@ -241,7 +241,7 @@ def test_an_interrupted_run_goes_on(tiny: Path, tmp_path: Path) -> None:
 
 def test_an_unfinished_run_with_other_settings_is_not_mixed_in(tiny: Path, tmp_path: Path) -> None:
     interrupted(tiny, tmp_path / "out", FINE)
-    with pytest.raises(ConfigError, match="another bits, symmetric"):
+    with pytest.raises(ConfigError, match="with bits=8, symmetric=True;"):
         quantized(tiny, tmp_path / "out", replace(FINE, bits=4, symmetric=False))
     (tmp_path / "out.partial" / "state.safetensors").write_bytes(b"not a file")
     with pytest.raises(ConfigError, match="remove it"):
@@ -255,6 +255,30 @@ def test_somebody_elses_directory_is_left_alone(tiny: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"thesis.tex"):
         quantized(tiny, tmp_path / "out")
     assert (partial / "thesis.tex").exists()
+
+
+def test_two_runs_do_not_work_on_one_directory(tiny: Path, tmp_path: Path) -> None:
+    interrupted(tiny, tmp_path / "out", FINE)
+    with (
+        save.CheckpointWriter(tmp_path / "out", 3).locked(),
+        pytest.raises(ConfigError, match=r"another run is working on .*out.partial"),
+    ):
+        quantized(tiny, tmp_path / "out")
+    assert quantized(tiny, tmp_path / "out").kl < 0.01
+
+
+def test_files_have_the_modes_that_the_user_wants(tiny: Path, tmp_path: Path) -> None:
+    quantized(tiny, tmp_path / "out")
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_a_source_in_few_bits_is_told(tiny: Path, tmp_path: Path) -> None:
+    assert not quantized(tiny, tmp_path / "once").was_quantized
+    twice = quantized(tmp_path / "once", tmp_path / "twice")
+    assert twice.was_quantized
+    assert "in few bits already" in (tmp_path / "twice" / "README.md").read_text()
 
 
 def test_shards_of_a_run_that_kept_nothing_are_not_taken(tiny: Path, tmp_path: Path) -> None:
@@ -279,7 +303,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(at: int, tiny: Path, tmp_pa
     with pytest.raises(ConfigError, match=r"No space left on device.*make room"):
         quantized(tiny, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert not list((tmp_path / "out.partial").glob("*.writing"))
+    assert not list((tmp_path / "out.partial").glob(".model*.writing"))
     monkeypatch.undo()
     assert quantized(tiny, tmp_path / "out").kl < 0.01
 

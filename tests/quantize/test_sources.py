@@ -56,7 +56,9 @@ def without_tokenizer(path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) ->
 def quantized(path: Path, out: Path, recipe: Recipe = FINE) -> Path:
     ids = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(3)).tolist()
     windows = tuple(map(tuple, ids))
-    outcome = quantize(open_source(path), out, recipe, Texts(windows[:-2], windows[-2:]), lambda *_: None)
+    outcome = quantize(
+        open_source(path), out, recipe, Texts("random tokens", windows[:-2], windows[-2:]), lambda *_: None
+    )
     assert outcome.kl < 0.02
     return out
 

@@ -33,7 +33,7 @@ def auto_awq(
     model: ModelArgument = None,
     *,
     work_dir: Out,
-    w_bits: Bits = 4,
+    w_bits: Annotated[int, option("--w-bits", "4: AWQ checkpoints have no other.", "--w_bits")] = 4,
     w_group_size: Group = 128,
     w_sym: Symmetric = False,
     calib_dataset: Calib = BUNDLED,
@@ -52,13 +52,13 @@ def auto_gptq(
     work_dir: Out,
     w_bits: Bits = 4,
     w_group_size: Group = 128,
-    w_sym: Symmetric = False,
+    w_sym: Annotated[bool, option("--w-sym/--w-asym", "Without or with zero points.")] = True,
     calib_dataset: Calib = BUNDLED,
     calib_samples: Samples = Recipe.samples,
     calib_seqlen: Seqlen = Recipe.seqlen,
 ) -> None:
     """GPTQ, as a GPTQ checkpoint."""
-    recipe = _recipe("gptq", "gptq", w_bits, w_group_size, w_sym or None, calib_samples, calib_seqlen)
+    recipe = _recipe("gptq", "gptq", w_bits, w_group_size, w_sym, calib_samples, calib_seqlen)
     run(model, work_dir, recipe, calib_dataset)
 
 

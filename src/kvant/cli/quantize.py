@@ -26,7 +26,7 @@ def quantize(
     *,
     out: Annotated[Path, option("--out", "The directory to make.", "-o")],
     method: Annotated[str, option("--method", f"How: {', '.join(METHOD_NAMES)}.")] = Recipe.method,
-    bits: Annotated[int, option("--bits", "4 or 8. Default: 4, and 8 for smoothquant.")] = Recipe.bits,
+    bits: Annotated[int | None, option("--bits", "4 or 8. Default: 4, and 8 for smoothquant.")] = None,
     group_size: Annotated[
         int | None,
         option("--group-size", "Inputs that share a scale: a power of two, or -1 for whole rows. Default: 128."),
@@ -91,9 +91,7 @@ def calibration_file(name: str) -> Path | None:
         return None
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(
-            f"calibration text {name!r}: there is no such file; kvant downloads no data sets, give a file"
-        )
+        raise ConfigError(f"calibration text {name!r}: this is no file; kvant downloads no data sets, give a file")
     return path
 
 

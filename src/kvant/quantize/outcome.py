@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvant.quantize.chunked import ChunkedOps
 from kvant.quantize.layer import LinearReport
-from kvant.quantize.recipe import Recipe
+from kvant.quantize.recipe import WHOLE_ROW, Recipe
 from kvant.quantize.scores import Scores, score_all, standard_error
 from kvant.quantize.texts import Window
 from kvant.version import __version__
@@ -35,6 +35,8 @@ class Outcome:
     """A finished quantization.
 
     Attributes:
+        was_quantized: whether the original's weights were in few bits before; it is the original all the same.
+        calibration: the text that layers were quantized on.
         ppl_original, ppl: perplexity on unseen text, before and after.
         ppl_change: relative, with its standard error: 0.01 is 1 % worse.
         kl: mean KL(original || quantized) of the next-token distributions, in nats.
@@ -47,7 +49,9 @@ class Outcome:
     """
 
     model: str
+    was_quantized: bool
     recipe: Recipe
+    calibration: str
     ppl_original: float
     ppl: float
     ppl_change: float
@@ -67,6 +71,7 @@ class Outcome:
         cls,
         source: TensorSource,
         recipe: Recipe,
+        calibration: str,
         size: int,
         linears: Sequence[LinearReport],
         scores: tuple[Scores, Scores],
@@ -78,7 +83,9 @@ class Outcome:
         ratio = float(difference.mean().exp())
         return cls(
             model=source.path.name,
+            was_quantized=any(source.packed_bits(name) is not None for name in source.shapes()),
             recipe=recipe,
+            calibration=calibration,
             ppl_original=float(original.nll.mean().exp()),
             ppl=float(quantized.nll.mean().exp()),
             ppl_change=ratio - 1,
@@ -124,12 +131,17 @@ class Outcome:
     def notes(self) -> list[str]:
         """What its reader should know beside the table."""
         kinds = {report.linear: report for report in self.linears}
-        groups = ", ".join(f"{kind} {report.group_size}" for kind, report in kinds.items())
+        groups = ", ".join(f"{report.group_size} ({kind})" for kind, report in kinds.items())
+        recipe = self.recipe
+        scales = "one scale a row" if recipe.group_size == WHOLE_ROW else f"a scale for each {groups} inputs"
         found = [
-            f"{self.recipe.method}, {self.recipe.bits} bits, groups: {groups}; measured on {self.unseen_tokens:,} "
-            "tokens of a text that nothing was calibrated on",
+            f"{recipe.method}, {recipe.bits} bits, {'no' if recipe.symmetric else 'with'} zero points, {scales}",
+            f"calibrated on {recipe.samples} x {recipe.seqlen} tokens of {self.calibration}; measured on "
+            f"{self.unseen_tokens:,} of a text that nothing was calibrated on",
             f"{self.seconds:.0f} s, {_mib(self.peak_memory)} of memory at most",
         ]
+        if self.was_quantized:
+            found.append("the original's weights were in few bits already; sizes are compared with 16 bit")
         refused = sorted({report.linear for report in self.linears if report.refused})
         if refused and self.recipe.method in ("awq", "smoothquant", "auto"):
             found.append(

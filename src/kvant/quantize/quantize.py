@@ -21,7 +21,7 @@ from kvant.weights.locate import locate
 from kvant.weights.save import CheckpointWriter
 from kvant.weights.tokenizer import read_tokenizer
 
-UNSEEN_WINDOWS = 8
+UNSEEN_WINDOWS, UNSEEN_SIZE = 8, 512
 
 
 def quantize_model(
@@ -58,9 +58,9 @@ def quantize_model(
     if recipe.seqlen > limit:
         raise ConfigError(f"seqlen={recipe.seqlen} is longer than the model's context of {limit} tokens")
     text = calibration_text() if calib is None else read_documents(calib, tokenizer)
-    texts = Texts(
-        cut_windows(text, tokenizer, recipe.samples, recipe.seqlen), _unseen_windows(unseen, tokenizer, recipe.seqlen)
-    )
+    name = "speeches that come with kvant" if calib is None else calib.name
+    windows = cut_windows(text, tokenizer, recipe.samples, recipe.seqlen)
+    texts = Texts(name, windows, _unseen_windows(unseen, tokenizer, min(UNSEEN_SIZE, limit)))
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return quantize(source, out, recipe, texts, progress)

@@ -25,7 +25,7 @@ class Recipe:
     Attributes:
         method: "awq", "gptq", "rtn" (to nearest, ranges weighed by what the inputs are like), "plain" (to nearest, full
             ranges), "auto" (what measures best, layer by layer), or "smoothquant" (W8A8).
-        bits: 4 or 8; 0 is 4, and 8 for smoothquant, which has no other.
+        bits: 4 or 8; None is 4, and 8 for smoothquant, which has no other.
         group_size: inputs that share a scale; -1 is a whole row. None is 128, and -1 for smoothquant, which
             has no other. A layer whose inputs are not whole groups has the largest half, quarter ... that fits.
         symmetric: without zero points, as smoothquant always is. None is what most readers of the format take: with
@@ -37,7 +37,7 @@ class Recipe:
     """
 
     method: str = "auto"
-    bits: int = 0
+    bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
     format: str = FORMAT_NAMES[0]
@@ -47,7 +47,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         w8a8 = self.method == "smoothquant"
-        if self.bits == 0:
+        if self.bits is None:
             object.__setattr__(self, "bits", 8 if w8a8 else 4)
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", self.format != "awq")
@@ -58,11 +58,11 @@ class Recipe:
             _require(value in known, f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
         _require(self.bits in (4, 8), f"bits={self.bits!r} is not supported; choose 4 or 8")
         _require(not w8a8 or self.bits == 8, "smoothquant has 8 bits; leave bits out, or choose another method")
-        _require(not w8a8 or bool(self.symmetric), "smoothquant has no zero points; leave symmetric out")
         _require(
             not w8a8 or self.format == "compressed-tensors",
             f"format={self.format!r} has no place for rounded inputs; smoothquant needs compressed-tensors",
         )
+        _require(not w8a8 or bool(self.symmetric), "smoothquant has no zero points; leave symmetric out")
         _require(
             self.format != "awq" or self.bits == 4, "format='awq' has 4 bits only; choose compressed-tensors or gptq"
         )

@@ -56,10 +56,12 @@ class Texts:
     """Token ids, windows of one length.
 
     Attributes:
+        name: what the calibration text is called.
         calibration: what layers are quantized on.
         unseen: what tells the cost.
     """
 
+    name: str
     calibration: Sequence[Window]
     unseen: Sequence[Window]
 
@@ -92,6 +94,7 @@ class _Run:
     checkpoint: CheckpointWriter
     layouts: Mapping[str, Layout]
     reader: Reader
+    unseen_reader: Reader
     settings: Mapping[str, object]
 
     @classmethod
@@ -108,7 +111,6 @@ class _Run:
         recipe = _with_one_group(recipe, stored) if recipe.format == "awq" else recipe
         loader = WeightLoader(source, spec, MatrixReader(source, torch.float32, "dense", False), UnpreparedOps())
         check_places(source, set(source.shapes()) - loader.places())
-        length = len(texts.calibration[0])
         return cls(
             source=source,
             recipe=recipe,
@@ -116,7 +118,8 @@ class _Run:
             stored=stored,
             checkpoint=CheckpointWriter(out, len(spec.layers) + 1),
             layouts=_checked_layouts(stored, recipe),
-            reader=Reader.of(spec, ChunkedOps(), _TEXTS_AT_ONCE, length),
+            reader=Reader.of(spec, ChunkedOps(), _TEXTS_AT_ONCE, len(texts.calibration[0])),
+            unseen_reader=Reader.of(spec, ChunkedOps(), _TEXTS_AT_ONCE, len(texts.unseen[0])),
             settings=_settings(source, recipe, texts),
         )
 
@@ -126,10 +129,15 @@ class _Run:
 
     def all(self, texts: Texts, progress: Progress) -> Outcome:
         """From the first layer, or where an interrupted run stopped, to the end."""
+        self.checkpoint.make()
+        with self.checkpoint.locked():
+            return self._all(texts, progress)
+
+    def _all(self, texts: Texts, progress: Progress) -> Outcome:
         begun = time.monotonic()
         run = Unfinished.load(self.checkpoint.partial, self.settings)
         if run is None:
-            self.checkpoint.begin()
+            self.checkpoint.clear()
             run = self._start(texts)
         self.checkpoint.check(run.layer + 1)
         begun -= run.seconds
@@ -143,7 +151,9 @@ class _Run:
             progress(index + 1, count)
         scores = unseen_scores(self.loader, run.streams.original, run.streams.quantized, texts.unseen)
         seconds = time.monotonic() - begun
-        return self._finish(Outcome.of(self.source, self.recipe, self.checkpoint.size, run.reports, scores, seconds))
+        return self._finish(
+            Outcome.of(self.source, self.recipe, texts.name, self.checkpoint.size, run.reports, scores, seconds)
+        )
 
     def _finish(self, outcome: Outcome) -> Outcome:
         """Write what is said of the checkpoint, and give it its name."""
@@ -193,7 +203,7 @@ class _Run:
             if fold.stored is not None or fold.producer in specs  # what is ignored is not changed either
         }
         dense = _prepared(layer)
-        original = [self.reader.layer(index, dense, hidden) for hidden in streams.original]
+        original = [self.unseen_reader.layer(index, dense, hidden) for hidden in streams.original]
         del dense
         quantizer = LayerQuantizer(self.reader, METHODS[self.recipe.method], specs, self.recipe.method == "auto")
         try:
@@ -204,7 +214,7 @@ class _Run:
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"layer {index} of {self.source.path}: {error}") from error
         rounded = _prepared(result.weights)
-        quantized = [self.reader.layer(index, rounded, hidden) for hidden in streams.quantized]
+        quantized = [self.unseen_reader.layer(index, rounded, hidden) for hidden in streams.quantized]
         return Streams(calibration, original, quantized), result
 
     def _folds(self, index: int, layer: LayerWeights, hidden: Tensor) -> dict[str, Fold]:
@@ -238,7 +248,7 @@ def _prepared(layer: LayerWeights) -> LayerWeights:
 
 
 def _grid(recipe: Recipe, columns: int, dtype: torch.dtype) -> GridSpec:
-    return GridSpec(recipe.bits, recipe.group(columns), bool(recipe.symmetric), dtype)
+    return GridSpec(recipe.bits or 4, recipe.group(columns), bool(recipe.symmetric), dtype)
 
 
 def _with_one_group(recipe: Recipe, stored: StoredModel) -> Recipe:

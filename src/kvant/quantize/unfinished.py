@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvant.errors import ConfigError
 from kvant.quantize.layer import LinearReport
+from kvant.quantize.recipe import Recipe
 from kvant.weights.save import save_whole
 
 _FILE = "state.safetensors"
@@ -95,9 +96,13 @@ class Unfinished:
 
 def _check(directory: Path, kept: Mapping[str, object], settings: Mapping[str, object]) -> None:
     if kept != settings:
-        other = ", ".join(name for name in settings if kept.get(name) != settings[name])
+        changed = [name for name in settings if kept.get(name) != settings[name]]
+        told = (
+            f"{name}={kept.get(name)!r}" if name in dataclasses.asdict(Recipe()) else f"another {name}"
+            for name in changed
+        )
         raise ConfigError(
-            f"{directory} holds an unfinished run with another {other}; give the same to go on with it, or remove it"
+            f"{directory} holds an unfinished run with {', '.join(told)}; give the same to go on with it, or remove it"
         )
 
 

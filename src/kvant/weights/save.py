@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from kvant.weights.sources.safetensors import open_safetensors
 from kvant.weights.tokenizer import read_tokenizer
 
 _OURS = re.compile(r"model-\d+-of-\d+\.safetensors|\..*\.writing")
+_LOCK = ".lock.writing"
 INDEX = "model.safetensors.index.json"
 # What a tokenizer, a chat template or a family's own code may lie in, for tools that read them.
 _KEPT = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
@@ -50,16 +52,48 @@ class CheckpointWriter:
         """The file of a shard; the first is 1."""
         return self.partial / f"model-{number:05}-of-{self.shards:05}.safetensors"
 
-    def begin(self) -> None:
-        """Make the directory, in place of what a run left that got nowhere.
+    def make(self) -> None:
+        """Make the directory, unless it is there.
 
         Raises:
-            ConfigError: it cannot be made, or holds what no run left.
+            ConfigError: it cannot be made.
         """
         with told(self.partial):
-            if self.partial.exists():
-                _clear(self.partial)
-            self.partial.mkdir(parents=True)
+            self.partial.mkdir(parents=True, exist_ok=True)
+
+    def clear(self) -> None:
+        """Remove what a run has left before it kept a state; something else may be somebody's work.
+
+        Raises:
+            ConfigError: there is something else.
+        """
+        with told(self.partial):
+            left = sorted(self.partial.iterdir())
+            if foreign := [path.name for path in left if not _OURS.fullmatch(path.name)]:
+                raise ConfigError(
+                    f"{self.partial}, where the checkpoint is to be written first, holds {foreign[0]!r}, which no run "
+                    "left; remove that directory, or choose another place"
+                )
+            for path in left:
+                if path.name != _LOCK:
+                    path.unlink()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others from working on the same directory, which must be there.
+
+        Raises:
+            ConfigError: another process does.
+        """
+        path = self.partial / _LOCK
+        with told(path), path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"another run is working on {self.partial}; wait for it, or choose another OUT"
+                ) from error
+            yield
 
     def check(self, count: int) -> None:
         """That the first shards are there.
@@ -121,6 +155,7 @@ class CheckpointWriter:
             ConfigError: it cannot be renamed.
         """
         with told(self.out):
+            (self.partial / _LOCK).unlink()
             self.partial.rename(self.out)
 
     @property
@@ -138,7 +173,10 @@ def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     temporary = path.with_name(f".{path.name}.writing")
     with told(path):
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # the library makes files that nobody else may read
             save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+            temporary.chmod(mode)
             # On the disk before it has its name, whatever happens to the machine.
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -146,16 +184,6 @@ def save_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-
-
-def _clear(directory: Path) -> None:
-    """Remove what a run has left before it kept a state; something else may be somebody's work."""
-    if foreign := sorted(path.name for path in directory.iterdir() if not _OURS.fullmatch(path.name)):
-        raise ConfigError(
-            f"{directory}, where the checkpoint is to be written first, holds {foreign[0]!r}, which no run left; "
-            "remove that directory, or choose another place"
-        )
-    shutil.rmtree(directory)
 
 
 @contextmanager
