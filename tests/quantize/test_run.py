@@ -185,7 +185,7 @@ def test_a_waiting_layer_keeps_its_residual_and_little_else(tiny: Path) -> None:
     linear, x = next(products)
     for _ in range(4):
         held = [it for it in products.gi_frame.f_locals.values() if isinstance(it, torch.Tensor) and it.dim() == 2]
-        assert sum(it.numel() for it in held) <= 2 * hidden.numel()
+        assert sum(it.numel() for it in held) <= hidden.numel()
         if linear is not layer.mlp.down:
             linear, x = products.send(UnpreparedOps().linear(x, linear.weight))
 

@@ -113,13 +113,17 @@ def decoder_layer(
     tokens: TokenContext,
 ) -> Products[tuple[Tensor, Tensor]]:
     """One layer of the decoder: x [T, hidden], what the one before adds to its residual -> the same of this layer."""
-    # Nothing but the residual and x has a name where the layer stops: many of them may wait there at once.
     qkv, out, gate_up, down = weights.linears.values()
-    x, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps)
-    x = yield out, attention(ops, (yield qkv, x), weights.attention, shape, spec.rms_eps, cache, tokens)
+    h, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps)
+    # Many layers may wait for a product at once: there, nothing but the residual has a name that keeps it in memory.
+    asked = [h]
+    del x, h
+    x = yield out, attention(ops, (yield qkv, asked.pop()), weights.attention, shape, spec.rms_eps, cache, tokens)
     x = _post_norm(ops, x, weights.post_attention_norm, spec.rms_eps)
-    x, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps)
-    x = yield down, ops.gated((yield gate_up, x), spec.activation)
+    h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps)
+    asked.append(h)
+    del x, h
+    x = yield down, ops.gated((yield gate_up, asked.pop()), spec.activation)
     return _post_norm(ops, x, weights.post_mlp_norm, spec.rms_eps), residual
 
 

@@ -21,19 +21,30 @@ _ROWS_AT_ONCE = 1024
 
 
 class ChunkedOps(ReferenceOps):
-    """`Ops` whose products take inputs of any float dtype and are float32."""
+    """`Ops` whose linear layers take inputs of any float dtype and give float32.
+
+    Attributes:
+        dtype: that products are computed in, but for those of rounded inputs.
+    """
 
     name = "chunked"
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+
+    def prepare(self, weight: PackedWeight) -> Any:
+        prepared = super().prepare(weight)
+        return prepared if isinstance(prepared, MatrixOnCodes) else prepared.to(self.dtype)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         matrix = weight.values if isinstance(weight, MatrixOnCodes) else weight
         out = torch.empty(len(x), matrix.shape[0])
         for first in range(0, len(x), _ROWS_AT_ONCE):
-            rows = x[first : first + _ROWS_AT_ONCE].float()
+            rows = x[first : first + _ROWS_AT_ONCE].to(matrix.dtype)
             if isinstance(weight, MatrixOnCodes):
                 rows = rounded_inputs(rows, weight.inputs)
-            out[first : first + _ROWS_AT_ONCE] = F.linear(rows, matrix, bias)
-        return out
+            out[first : first + _ROWS_AT_ONCE] = F.linear(rows, matrix)
+        return out if bias is None else out.add_(bias)
 
     def attention(self, q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
         longest = max(batch.context_lens)
@@ -54,6 +65,15 @@ class ChunkedOps(ReferenceOps):
             )
             out[start:stop] = mixed[0].transpose(0, 1)
         return out
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the CPU has instructions for its products, else float32.
+
+    What a text does to statistics is as sure in the one as in the other; what is compared is computed in float32.
+    """
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if known.get("avx512_bf16") or known.get("amx_bf16") else torch.float32
 
 
 class UnpreparedOps(ChunkedOps):

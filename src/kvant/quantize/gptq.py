@@ -35,7 +35,7 @@ def gptq(weight: Tensor, inputs: Moments, spec: GridSpec, damping: float = DAMPI
         UnsupportedModelError: they cannot be inverted at all.
     """
     order, group = _visiting_order(inputs.importance, spec.group_size), spec.group_size
-    work, factor = weight[:, order].clone(), _inverse_factor(inputs.second[order][:, order], damping)
+    work, factor = weight[:, order], _inverse_factor(inputs.second, order, damping)
     # An input that is always zero has a moment only to be divided by; no error of its weights counts.
     importance = torch.where(inputs.importance[order] == 0, 0.0, factor.diagonal().square().reciprocal())
     codes = torch.empty_like(work)
@@ -60,22 +60,25 @@ def _visiting_order(importance: Tensor, group: int) -> Tensor:
     return order
 
 
-def _inverse_factor(second: Tensor, damping: float) -> Tensor:
-    """U [K, K], upper triangular, with U^T U the inverse of the damped second moments.
+def _inverse_factor(second: Tensor, order: Tensor, damping: float) -> Tensor:
+    """U [K, K], upper triangular, with U^T U the inverse of the damped second moments in this order.
 
     An input that is always zero gets a moment of its own: whatever its weight is, no output shows it.
     """
-    mean = second.diagonal().mean()
-    dead = second.diagonal() == 0
+    mean, backwards = second.diagonal().mean(), order.flip(0)
+    dead = second.diagonal()[backwards] == 0
     for retry in range(_RETRIES):
         # Of the matrix turned around, L L^T; turned back, L is the upper triangular R of R R^T, whose inverse is U.
-        damped = second.flip(0, 1)
+        damped = second[backwards][:, backwards]
         damped.diagonal().add_(damping * 10**retry * mean)
-        damped.diagonal()[dead.flip(0)] = mean if mean > 0 else 1.0
+        damped.diagonal()[dead] = mean if mean > 0 else 1.0
         lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
+        del damped  # each of these is as large as the moments
         if not failed:
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(second)), upper=True)
+            upper = lower.flip(0, 1)
+            del lower
+            factor = torch.linalg.solve_triangular(upper, torch.eye(len(second)), upper=True)
+            del upper
             if factor.isfinite().all():
                 return Tensor(factor)
     raise UnsupportedModelError(

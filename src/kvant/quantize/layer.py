@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvant.errors import NotFiniteError, UnsupportedModelError
 from kvant.models.layers import LayerWeights, Linear, Products
-from kvant.quantize.chunked import ChunkedOps
+from kvant.quantize.chunked import ChunkedOps, fast_dtype
 from kvant.quantize.folds import Fold
 from kvant.quantize.grid import GridSpec
 from kvant.quantize.methods import Method, Problem, Solution
@@ -153,6 +153,6 @@ def _proceed(products: Products[tuple[Tensor, Tensor]], product: Tensor | None) 
 
 
 def _product(solution: Solution, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    ops = ChunkedOps()
+    ops = ChunkedOps(fast_dtype())
     weight = ops.prepare(solution.weight)
     return lambda x: ops.linear(x if solution.scale is None else x / solution.scale, weight, bias)

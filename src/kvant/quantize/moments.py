@@ -11,7 +11,7 @@ from torch import Tensor
 from kvant.errors import NotFiniteError
 
 _TOKENS_AT_ONCE = 4096  # converted to float32 together
-_COLUMNS_AT_ONCE = 256  # of the product: little of what lies below its diagonal is computed
+_COLUMNS_AT_ONCE = 512  # of the product: little of what lies below its diagonal is computed
 _KEPT = 1024
 
 
