@@ -1,7 +1,7 @@
 """Perplexity of checkpoints in any format that kvant reads, with the values that they store, in float32.
 
-A model is read layer by layer, so that memory holds one layer and the texts' hidden states. KL and top-1 are against
-the first model that is named.
+A model is read layer by layer, so that memory holds one layer and the texts' hidden states. Changes are relative to the
+first model that is named, token by token on the same windows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from kvant.models.families import model_spec
 from kvant.quantize.chunked import ChunkedOps
 from kvant.quantize.reader import Reader
-from kvant.quantize.scores import Scores, score_all, standard_error
+from kvant.quantize.scores import standard_error
 from kvant.quantize.texts import cut_windows, read_text_file
 from kvant.weights.load import WeightLoader, open_source
 from kvant.weights.matrices import MatrixReader
@@ -28,8 +28,8 @@ ROWS = 64
 
 
 @torch.no_grad()
-def hidden_states(path: Path, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """After the last norm, [windows, length, hidden], and the output head [vocab, hidden]."""
+def losses(path: Path, windows: Tensor) -> Tensor:
+    """Negative log-likelihoods of the windows' tokens but the first, [windows, predictions] float64, in nats."""
     source, ops = open_source(path), ChunkedOps()
     spec = model_spec(source.config)
     # "auto" keeps what rounds its inputs, and expands the rest.
@@ -41,37 +41,30 @@ def hidden_states(path: Path, windows: Tensor) -> tuple[Tensor, Tensor]:
         weights = loader.layer(index)
         texts = [reader.layer(index, weights, hidden) for hidden in texts]
     hidden = torch.cat([ops.rms_norm(text, loader.norm(), spec.rms_eps) for text in texts])
-    return hidden.view(*windows.shape, -1), loader.head().weight
-
-
-@torch.no_grad()
-def scores(baseline: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], windows: Tensor) -> Scores:
-    """Every prediction of the windows, [windows, predictions]."""
-    (expected, head), (hidden, other) = ((states[:, :-1].flatten(0, 1), matrix) for states, matrix in (baseline, found))
-    targets = windows[:, 1:].flatten()
-    found = score_all(
-        lambda rows: F.linear(expected[rows], head), lambda rows: F.linear(hidden[rows], other), targets, ROWS
-    )
-    return found.by_window(len(windows))
+    hidden = hidden.view(*windows.shape, -1)[:, :-1].flatten(0, 1)
+    targets, head, cap = windows[:, 1:].flatten(), loader.head(), spec.final_softcap
+    # Made before the loop: small results that are kept between large blocks would leave the heap full of holes.
+    found = torch.empty(len(targets), dtype=torch.float64)
+    for first in range(0, len(targets), ROWS):
+        rows = slice(first, first + ROWS)
+        logits = head(ops, hidden[rows])
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        found[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
+    return found.view(len(windows), -1)
 
 
 def measured(names: dict[str, Path], text: Path, count: int, length: int) -> dict[str, dict[str, float]]:
     """A row for each checkpoint."""
     first = next(iter(names.values()))
     windows = torch.tensor(cut_windows(read_text_file(text), read_tokenizer(open_source(first)), count, length))
-    baseline, rows = hidden_states(first, windows), {}
-    plain = scores(baseline, baseline, windows)
+    plain, rows = None, {}
     for name, path in names.items():
-        found = plain if path == first else scores(baseline, hidden_states(path, windows), windows)
-        ppl, difference = float(found.nll.mean().exp()), found.nll - plain.nll
-        rows[name] = {
-            "ppl": ppl,
-            "change": float(difference.mean().exp()) - 1,
-            "change_stderr": float(difference.mean().exp()) * standard_error(difference) if path != first else 0.0,
-            "kl": float(found.kl.mean()),
-            "top1": float(found.agrees.mean()),
-        }
-        print(f"{name:40} ppl {ppl:8.4f} {rows[name]['change']:+.2%} KL {rows[name]['kl']:.4f}", flush=True)
+        found = losses(path, windows)
+        plain = found if plain is None else plain
+        difference, ppl = found - plain, float(found.mean().exp())
+        ratio = float(difference.mean().exp())
+        rows[name] = {"ppl": ppl, "change": ratio - 1, "change_stderr": ratio * standard_error(difference)}
+        print(f"{name:40} {ppl:9.4f} {ratio - 1:+8.2%} ± {rows[name]['change_stderr']:.2%}", flush=True)
     return rows
 
 

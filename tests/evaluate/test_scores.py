@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvant.evaluate.rows import summarize
-from kvant.quantize.scores import PIECES, Scores, score, standard_error
+from kvant.quantize.scores import PIECES, Scores, score, score_all, standard_error
 
 SEEDS = st.integers(0, 2**32)
 
@@ -129,3 +129,14 @@ def test_pairing_makes_the_change_surer_than_either_perplexity():
 def test_an_enormous_perplexity_is_infinite_and_no_error():
     scores = Scores(torch.full((2, 3), 1e4, dtype=torch.float64), torch.zeros(2, 3), torch.ones(2, 3))
     assert summarize("x", "x", 4.0, scores, scores).ppl == math.inf
+
+
+def test_all_rows_are_scored_some_at_a_time() -> None:
+    logits, baseline = torch.randn(11, 20), torch.randn(11, 20)
+    targets = torch.randint(0, 20, (11,))
+    found, expected = (
+        score_all(lambda rows: baseline[rows], lambda rows: logits[rows], targets, 4),
+        score(baseline, logits, targets),
+    )
+    for name in ("nll", "kl", "agrees"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
