@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -24,6 +23,7 @@ from torch import Tensor
 from kvant.errors import CorruptModelError, UnsupportedModelError
 from kvant.kernels.cpu.weights import LAYOUT as CPU_LAYOUT
 from kvant.models.families import Family, Names
+from kvant.version import __version__
 from kvant.weights.locate import WORKSPACE_HEADER
 from kvant.weights.source import TensorSource
 from kvant.weights.sources.safetensors import read_json
@@ -143,7 +143,7 @@ def write_header(directory: Path, made: Made, config: Mapping[str, Any], shards:
     Raises:
         OSError: it cannot be written.
     """
-    header = {"format": FORMAT, "kvant": version("kvant"), **asdict(made), "config": dict(config)}
+    header = {"format": FORMAT, "kvant": __version__, **asdict(made), "config": dict(config)}
     header["shards"] = [asdict(shard) for shard in shards]
     with (directory / WORKSPACE_HEADER).open("w", encoding="utf-8") as file:
         json.dump(header, file, ensure_ascii=False)
