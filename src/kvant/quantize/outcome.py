@@ -131,7 +131,8 @@ class Outcome:
     def notes(self) -> list[str]:
         """What its reader should know beside the table."""
         kinds = {report.linear: report for report in self.linears}
-        groups = ", ".join(f"{report.group_size} ({kind})" for kind, report in kinds.items())
+        sizes = {f"{report.group_size} ({kind})": report.group_size for kind, report in kinds.items()}
+        groups = ", ".join(sizes) if len(set(sizes.values())) > 1 else str(next(iter(sizes.values())))
         recipe = self.recipe
         scales = "one scale a row" if recipe.group_size == WHOLE_ROW else f"a scale for each {groups} inputs"
         found = [
