@@ -43,9 +43,9 @@ class Fold:
         return None if len(self.channels.unique()) == len(self.channels) else self.channels - self.channels.min()
 
     def settled(self, layer: LayerWeights, scale: Tensor) -> Tensor:
-        """The factors nearest to these, [K], that can be stored; of rows, powers of two, which change no digit."""
+        """The factors nearest to these, [K], that can be stored."""
         if self.stored is None:
-            return self._exact(layer, scale)
+            return self._of_rows(layer, scale)
         norm = getattr(layer, self.producer)
         divided = self._stored_norm(norm, scale)
         possible = (divided / norm > 0) & divided.isfinite()
@@ -64,16 +64,22 @@ class Fold:
         bias = None if linear.bias is None else linear.bias * factors
         return layer.with_linears(**{self.producer: Linear(linear.weight.times(factors), bias)})
 
-    def _exact(self, layer: LayerWeights, scale: Tensor) -> Tensor:
-        """Powers of two that leave the scales of the rows within float16's normal numbers."""
+    def _of_rows(self, layer: LayerWeights, scale: Tensor) -> Tensor:
+        """Factors that leave the scales of the rows within float16's normal numbers.
+
+        Where a row has one scale, the factor is what rounding makes of it, and nothing is lost; of several, each is
+        rounded its own way, which is a thousandth of what the codes lose.
+        """
         planes = layer.linears[self.producer].weight.planes
-        data = (planes["scale"] if "scale" in planes else planes["weight"]).data[self.channels].float().abs()
-        least = torch.where(data > 0, data, torch.inf).amin(1)
-        limits = (data.amax(1) / _LARGEST).clamp(min=1e-30), least / _SMALLEST
-        exponent = scale.log2().round()
-        low, high = limits[0].log2().ceil(), limits[1].log2().floor()
-        chosen: Tensor = torch.where(low <= high, exponent.clamp(low, high), 0.0).exp2()
-        return chosen
+        stored = (planes["scale"] if "scale" in planes else planes["weight"]).data[self.channels]
+        data = stored.float().abs()
+        low = data.amax(1) / _LARGEST
+        high = torch.where(data > 0, data, torch.inf).amin(1) / _SMALLEST
+        chosen = torch.where(low <= high, torch.minimum(torch.maximum(scale, low), high), 1.0)
+        if data.shape[1] > 1:
+            return chosen
+        divided = (data[:, 0] / chosen).to(stored.dtype).float()
+        return torch.where(divided > 0, data[:, 0] / divided, chosen)
 
     def _stored_norm(self, norm: Tensor, scale: Tensor) -> Tensor:
         assert self.stored is not None
