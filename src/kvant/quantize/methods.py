@@ -9,13 +9,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from kvant.formats.weight import PackedWeight
+from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.quantize.awq import awq_scale
 from kvant.quantize.descent import descend
 from kvant.quantize.gptq import gptq
 from kvant.quantize.grid import Grid, GridSpec
 from kvant.quantize.moments import Moments
-from kvant.quantize.smoothquant import smoothquant, smoothquant_scale
+from kvant.quantize.smoothquant import smoothquant_scale
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,13 @@ def _gptq(problem: Problem) -> Solution:
 
 
 def _smoothquant(problem: Problem) -> Solution:
-    if problem.settled is None:
-        return Solution("smoothquant", smoothquant(problem.weight, problem.spec, problem.inputs.importance))
-    scale = smoothquant_scale(problem.weight, problem.inputs, problem.spec, problem.ties, problem.settled)
-    scaled = problem.scaled(scale)
-    return Solution("smoothquant", smoothquant(scaled.weight, problem.spec, scaled.inputs.importance), scale)
+    """Factors by SmoothQuant; the weight that they make is rounded by GPTQ, since they spread its columns' ranges."""
+    scale, scaled = None, problem
+    if problem.settled is not None:
+        scale = smoothquant_scale(problem.weight, problem.inputs, problem.spec, problem.ties, problem.settled)
+        scaled = problem.scaled(scale)
+    weight = gptq(scaled.weight, scaled.inputs, problem.spec)
+    return Solution("smoothquant", replace(weight, inputs=InputCodes()), scale)
 
 
 def _after_scaling(name: str, method: Method) -> Method:

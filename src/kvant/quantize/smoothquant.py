@@ -7,12 +7,11 @@ Models", 2023. How much is moved, its alpha, is measured for each layer instead 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kvant.formats.weight import InputCodes, PackedWeight
+from kvant.formats.weight import InputCodes
 from kvant.kernels.reference import rounded_inputs
 from kvant.quantize.awq import tied
 from kvant.quantize.grid import Grid, GridSpec, spread
@@ -56,9 +55,3 @@ def smoothquant_scale(
         return float((found - wanted).square().sum(dtype=torch.float64))
 
     return min((settled(scale) for scale in smoothed(weight, inputs, ties, spec)), key=loss)
-
-
-def smoothquant(weight: Tensor, spec: GridSpec, importance: Tensor) -> PackedWeight:
-    """A weight [N, K] float32, its columns multiplied already, in codes that are multiplied with the inputs' codes."""
-    grid = Grid.fitted(spec, weight, importance)
-    return replace(grid.pack(grid.codes(weight)), inputs=InputCodes())
