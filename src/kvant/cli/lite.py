@@ -41,7 +41,15 @@ def auto_awq(
     calib_seqlen: Seqlen = Recipe.seqlen,
 ) -> None:
     """AWQ, as an AWQ checkpoint."""
-    recipe = _recipe("awq", "awq", w_bits, w_group_size, w_sym or None, calib_samples, calib_seqlen)
+    recipe = Recipe(
+        method="awq",
+        format="awq",
+        bits=w_bits,
+        group_size=w_group_size,
+        symmetric=w_sym or None,
+        samples=calib_samples,
+        seqlen=calib_seqlen,
+    )
     run(model, work_dir, recipe, calib_dataset)
 
 
@@ -58,7 +66,15 @@ def auto_gptq(
     calib_seqlen: Seqlen = Recipe.seqlen,
 ) -> None:
     """GPTQ, as a GPTQ checkpoint."""
-    recipe = _recipe("gptq", "gptq", w_bits, w_group_size, w_sym, calib_samples, calib_seqlen)
+    recipe = Recipe(
+        method="gptq",
+        format="gptq",
+        bits=w_bits,
+        group_size=w_group_size,
+        symmetric=w_sym,
+        samples=calib_samples,
+        seqlen=calib_seqlen,
+    )
     run(model, work_dir, recipe, calib_dataset)
 
 
@@ -73,20 +89,6 @@ def smooth_quant(
 ) -> None:
     """SmoothQuant, W8A8, as a compressed-tensors checkpoint."""
     run(model, work_dir, Recipe(method="smoothquant", samples=calib_samples, seqlen=calib_seqlen), calib_dataset)
-
-
-def _recipe(
-    method: str, format_: str, bits: int, group: int, symmetric: bool | None, samples: int, seqlen: int
-) -> Recipe:
-    return Recipe(
-        method=method,
-        format=format_,
-        bits=bits,
-        group_size=group,
-        symmetric=symmetric,
-        samples=samples,
-        seqlen=seqlen,
-    )
 
 
 @app.command("calibrate")
