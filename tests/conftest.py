@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Triton asks for it when kernels are declared, at import.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from collections.abc import Iterator
 from pathlib import Path
 

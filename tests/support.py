@@ -18,7 +18,8 @@ from kvant.models.rope import rope_length
 from kvant.weights.load import load_model
 
 BLOCK_SIZE = 16
-NATIVE = tuple(name for name in available_backends() if name != ReferenceOps.name)  # best first; none without a library
+# Of the CPU, best first; none without a library.
+NATIVE = tuple(name for name in available_backends() if name not in (ReferenceOps.name, "triton"))
 
 
 class SingleText:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvant.kernels.select import available_backends
 from tests.engine.checkpoint import write_checkpoint
+from tests.support import NATIVE
 
 # Neither these packages nor the native library are to be found; sys.path begins with the sources.
 _RUN = """
@@ -59,7 +59,7 @@ print(next(stream).index)
 """
 
 
-@pytest.mark.parametrize("isa", list(available_backends())[:2])
+@pytest.mark.parametrize("isa", [*NATIVE, "reference"][:2])
 def test_a_program_may_end_while_the_engine_works(isa: str, tmp_path: Path) -> None:
     """Without `with` or `close`: the engine's thread must not be torn down inside of PyTorch or a native kernel."""
     command = [sys.executable, "-c", _LEAVE, str(write_checkpoint(tmp_path))]

@@ -7,8 +7,10 @@ Shapes use T tokens of the step (all sequences' new tokens, one after the other)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
@@ -18,6 +20,9 @@ from kvant.formats.weight import PackedWeight
 @dataclass(frozen=True)
 class AttentionBatch:
     """Which token belongs to which sequence and where its KV lies. Prefill, chunks and decodes mix freely.
+
+    The tensors are on the device that computes. Kernels there take `starts` and `lengths`; the two tuples, on the
+    host, size the launches.
 
     Attributes:
         positions: [T] int64, each token's position in its sequence.
@@ -33,6 +38,21 @@ class AttentionBatch:
     query_starts: tuple[int, ...]
     context_lens: tuple[int, ...]
     block_tables: Tensor
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """query_starts on the device, [S + 1] int32; made at its first use, once a step."""
+        return torch.tensor(self.query_starts, dtype=torch.int32).to(self.positions.device, non_blocking=True)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """context_lens on the device, [S] int32; made at its first use, once a step."""
+        return torch.tensor(self.context_lens, dtype=torch.int32).to(self.positions.device, non_blocking=True)
+
+    @cached_property
+    def not_finite(self) -> Tensor:
+        """[T] int32, zeros: a backend that cannot stop at a key or value that is not finite sets its token's to 1."""
+        return torch.zeros(len(self.positions), dtype=torch.int32, device=self.positions.device)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,19 @@ from kvant.kernels.cpu.native import Native
 from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.ops import Ops
 from kvant.kernels.reference import ReferenceOps
+from kvant.kernels.triton import launch
 
 
 def available_backends(threads: int = 1) -> dict[str, Callable[[], Ops]]:
-    """The backends that can run here, by name. One that is not built or has no device is absent, not an error."""
+    """The backends that compute on the CPU's tensors here, by name. One that is not built is absent, not an error.
+
+    Triton is among them where its interpreter is asked for.
+    """
     found: dict[str, Callable[[], Ops]] = {ReferenceOps.name: ReferenceOps}
+    if launch.interpreted() and launch.runs_here():
+        from kvant.kernels.triton.ops import TritonOps
+
+        found[TritonOps.name] = TritonOps
     try:
         library = open_library(find_library())
     except NativeLibraryError:
