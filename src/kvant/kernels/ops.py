@@ -6,7 +6,7 @@ Shapes use T tokens of the step (all sequences' new tokens, one after the other)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -49,6 +49,11 @@ class AttentionBatch:
         """context_lens on the device, [S] int32; made at its first use, once a step."""
         return torch.tensor(self.context_lens, dtype=torch.int32).to(self.positions.device, non_blocking=True)
 
+    @property
+    def reported_not_finite(self) -> Tensor | None:
+        """`not_finite`, where a backend has asked for it."""
+        return self.__dict__.get("not_finite")
+
     @cached_property
     def not_finite(self) -> Tensor:
         """[T] int32, zeros: a backend that cannot stop at a key or value that is not finite sets its token's to 1."""
@@ -72,7 +77,9 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Per row of logits: the numbers that shape its distribution, all [R].
+    """Per row of logits: the numbers that shape its distribution, all [R], on the host.
+
+    There a backend sees what the rows need without waiting for the device.
 
     Attributes:
         temperature: float32; 0 takes the likeliest token.
@@ -87,16 +94,38 @@ class SamplingBatch:
     min_p: Tensor
     uniform: Tensor
 
+    @property
+    def greedy(self) -> bool:
+        """Whether every row takes its likeliest token."""
+        return not self.temperature.any()
+
+    @property
+    def filters(self) -> bool:
+        """Whether a row keeps only its likeliest tokens."""
+        return bool((self.top_k > 0).any() or (self.top_p < 1).any() or (self.min_p > 0).any())
+
+    def rows(self, index: Tensor) -> SamplingBatch:
+        """The numbers of some rows."""
+        return SamplingBatch(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def to(self, device: torch.device) -> SamplingBatch:
+        """The same on another device."""
+        return SamplingBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
 
 class Ops(Protocol):
     """What a backend computes. No op keeps a reference to its inputs; only `rope_write_kv` changes one (the cache).
 
     Attributes:
+        device: where tensors are; a batch, activations and the cache must be there.
+        capturable: whether its steps can be recorded as CUDA graphs: nothing waits for the device or looks at it.
         packed_weights: whether `linear` computes on quantized weights as they are; if not, they gain nothing here, and
             loading expands them to the compute dtype.
     """
 
     name: str
+    device: torch.device
+    capturable: bool
     packed_weights: bool
 
     def prepare(self, weight: PackedWeight) -> Any:

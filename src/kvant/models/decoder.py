@@ -22,7 +22,9 @@ class Decoder:
         self.spec = spec
         self.ops = ops
         self._weights = weights
-        self._ropes = {layer.rope: RotaryEmbedding(layer.rope) for layer in spec.layers if layer.rope is not None}
+        self._ropes = {
+            layer.rope: RotaryEmbedding(layer.rope, ops.device) for layer in spec.layers if layer.rope is not None
+        }
         self._fused = fuse(spec, weights, ops, [attention_shape(spec, layer) for layer in spec.layers])
 
     def with_ops(self, ops: Ops) -> Decoder:

@@ -176,5 +176,5 @@ def attention_shape(spec: ModelSpec, layer: LayerSpec) -> AttentionShape:
 
 def log_n_scale(positions: Tensor, length: int) -> Tensor:
     """Qwen's log-n attention: log(p + 1) / log(length) from position `length` on, 1 before: [T, 1, 1] float32."""
-    scale = (positions + 1).double().log() / torch.tensor(float(length)).log()
+    scale = (positions + 1).double().log() / torch.tensor(float(length), device="cpu").log().item()
     return scale.clamp(min=1.0).float().view(-1, 1, 1)

@@ -9,3 +9,4 @@ class TritonOps(ReferenceOps):
     """`kernels.ops.Ops` on an NVIDIA GPU of compute capability 8.0 and later, or in Triton's interpreter."""
 
     name = "triton"
+    capturable = True
