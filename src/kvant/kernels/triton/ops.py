@@ -5,13 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvant.kernels.reference import ReferenceOps
-from kvant.kernels.triton import gated
+from kvant.kernels.triton import gated, norm
 
 
 class TritonOps(ReferenceOps):
     """`kernels.ops.Ops` on an NVIDIA GPU of compute capability 8.0 and later, or in Triton's interpreter."""
 
     name = "triton"
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return norm.add_rms_norm(x, residual, weight, eps)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         return gated.gated(x, activation)
