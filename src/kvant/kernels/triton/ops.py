@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from kvant.kernels.reference import ReferenceOps
+from kvant.kernels.triton import gated, norm
 
 
 class TritonOps(ReferenceOps):
@@ -10,3 +13,12 @@ class TritonOps(ReferenceOps):
 
     name = "triton"
     capturable = True
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return norm.add_rms_norm(x, residual, weight, eps)
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        return gated.gated(x, activation)
