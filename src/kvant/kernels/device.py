@@ -28,7 +28,7 @@ def find_device(name: str) -> torch.device:
         raise ConfigError(f"device={name!r} is unknown; use 'cpu', 'cuda', 'cuda:1' or 'auto'")
     if name == "cpu":
         return torch.device("cpu")
-    problem = _problem()
+    problem = gpu_problem()
     if name == "auto":
         if problem is None:
             return _checked(torch.device("cuda", torch.cuda.current_device()))
@@ -43,7 +43,7 @@ def find_device(name: str) -> torch.device:
     return _checked(torch.device("cuda", index))
 
 
-def _problem() -> str | None:
+def gpu_problem() -> str | None:
     """Why PyTorch cannot use a GPU here, and the remedy; None where it can."""
     if torch.version.cuda is None:
         return f"this PyTorch ({torch.__version__}) is built without CUDA; install a build with it from pytorch.org"
