@@ -13,13 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from gpu.case import Case
 from gpu.lengths import Lengths, chat_lengths
 from gpu.machine import Machine
 from gpu.scenes import BLOCK_SIZE, made_up_plan, plan_on
 from gpu.shapes import CONFIGS, spec_of
 from gpu.weights import decoder_weights
-
 from kvant.cache.blocks import Paging
 from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.core import Core

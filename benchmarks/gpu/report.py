@@ -16,7 +16,6 @@ from gpu.results import Results
 from gpu.tables import SECTIONS
 from gpu.targets import layer_fraction, targets
 from gpu.view import View
-
 from kvant.kernels.triton.tuning import card_name
 
 LEGEND = (

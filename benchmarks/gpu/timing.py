@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 import torch
+
 from gpu.machine import Machine
 
 T = TypeVar("T")

@@ -20,6 +20,9 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+from torch import Tensor
+
+import kvant.kernels.triton as kernels
 from gpu import attention, linear
 from gpu.case import Case
 from gpu.linear import MODELS
@@ -28,9 +31,6 @@ from gpu.results import Record, Results, latest
 from gpu.shapes import linear_shapes, spec_of
 from gpu.timing import measure
 from gpu.workload import Build, Workload
-from torch import Tensor
-
-import kvant.kernels.triton as kernels
 from kvant.kernels.triton.launch import Config
 from kvant.kernels.triton.tuning import TABLES, Tuning, card_name
 
