@@ -72,7 +72,7 @@ def pictures(view: View) -> Iterator[tuple[str, str]]:
         yield "linear", svg.lines("A layer's projections: of the floor", series, "rows", "%")
     series = _memory_lines(view)
     if series:
-        yield "memory", svg.lines("Qwen-7B, 1024 tokens each", series, "batch", "GB at the most")
+        yield "memory", svg.lines("Qwen-7B, 1024 tokens each", series, "batch", "GB")
 
 
 def _linear_lines(view: View) -> dict[str, list[tuple[float, float]]]:

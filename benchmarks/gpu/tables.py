@@ -152,7 +152,7 @@ def throughput_table(view: View) -> str:
 
 
 def memory_table(view: View, by: str) -> str:
-    """GB at the most, by "batch" (1024 tokens each) or by "new" (one sequence), beside Qwen's own code."""
+    """GB of the card, by "batch" (1024 tokens each) or by "new" (one sequence), beside Qwen's own code."""
     fixed = {"new": 1024} if by == "batch" else {"batch": 1}
     published = QWEN_BY_BATCH if by == "batch" else QWEN_BY_LENGTH
     records = [r for r in view.all("engine", what="memory", **fixed) if "figures" in r]
