@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+
 from gpu.case import Case
 from gpu.machine import Machine
 from gpu.scenes import Heads, filled_scene
 from gpu.shapes import spec_of
 from gpu.timing import rotated
 from gpu.workload import Workload, timed
-
 from kvant.formats.kv import KV_FORMATS, KVShape
 from kvant.kernels.ops import AttentionShape
 from kvant.models.layers import attention_shape

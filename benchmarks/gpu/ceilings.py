@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from gpu.case import Case
 from gpu.machine import Machine
 from gpu.timing import measure

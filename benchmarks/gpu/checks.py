@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from gpu.machine import Machine
 from torch import Tensor
+
+from gpu.machine import Machine
 
 
 @contextmanager

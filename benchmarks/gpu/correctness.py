@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from gpu.case import Case
 from gpu.checks import compare, verdict
 from gpu.machine import Machine
 from gpu.shapes import linear_shapes, spec_of
 from gpu.weights import WEIGHT_FORMATS, WeightFormat, packed
-from torch import Tensor
-
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import SamplingBatch
 from kvant.kernels.reference import ReferenceOps, rounded_inputs

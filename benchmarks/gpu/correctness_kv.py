@@ -9,13 +9,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from gpu.case import Case
 from gpu.checks import compare, distance, verdict
 from gpu.correctness import worst_of
 from gpu.machine import Machine
 from gpu.scenes import Heads, Scene, written_scene
-from torch import Tensor
-
 from kvant.formats.kv import KV_FORMATS, SINK_SPAN, KVLayer
 from kvant.kernels.ops import AttentionShape
 from kvant.kernels.reference import ReferenceOps

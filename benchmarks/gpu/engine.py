@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,17 +13,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from gpu.case import Case
 from gpu.lengths import Lengths, chat_lengths
 from gpu.machine import Machine
 from gpu.scenes import BLOCK_SIZE, made_up_plan, plan_on
 from gpu.shapes import CONFIGS, spec_of
 from gpu.weights import decoder_weights
-
 from kvant.cache.blocks import Paging
 from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.core import Core
-from kvant.engine.sequence import Failure
+from kvant.engine.sequence import Failure, Request, TokenEvent
 from kvant.formats.kv import KVPlan
 from kvant.models.decoder import Decoder
 from kvant.weights.load import LoadedModel
@@ -106,53 +105,68 @@ def decode(setup: Setup, machine: Machine) -> Mapping[str, Any]:
     made = _make(machine, setup)
     core = _core(machine, made.model, setup, [Lengths(1, new)])
     run_requests(core, [Lengths(1, min(new, 16))])  # compiles and captures what the steps launch
-    seconds, steps = run_requests(core, [Lengths(1, new)])
+    served = run_requests(core, [Lengths(1, new)])
     return {
-        "tokens_per_second": new / seconds,
-        "step_ms": median(steps) * 1e3,
+        "tokens_per_second": new / served.seconds,
+        "step_ms": median(served.steps) * 1e3,
         "new": new,
         "weight_bytes": made.weight_bytes,
+        "read_bytes": _read_bytes(made, core, new),
     }
 
 
+def _read_bytes(made: Made, core: Core, new: int) -> int:
+    """What a step reads on average: all weights but the embedding, whose rows are looked up, and the KV cache."""
+    spec = made.model.spec
+    embedding = 0 if spec.tied_embeddings else 2 * spec.vocab_size * spec.hidden_size
+    return made.weight_bytes - embedding + core.memory.bytes_per_token * (1 + new // 2)
+
+
 def throughput(setup: Setup, pool_gib: int, machine: Machine) -> Mapping[str, Any]:
-    """Requests with the lengths of chats, all there at the start, in a KV cache of so much memory."""
-    requests = chat_lengths(6, shrink=40) if machine.small else chat_lengths(64 * pool_gib)
+    """Requests with the lengths of chats, all there at the start, in a KV cache of so much memory.
+
+    Measured until the last one has left the queue: after that the cache is not what limits it.
+    """
+    requests = chat_lengths(6, shrink=40) if machine.small else chat_lengths(128 * pool_gib if pool_gib < 8 else 1024)
     made = _make(machine, setup)
     pool = 1 << 20 if machine.small else pool_gib << 30
     core = _core(machine, made.model, setup, requests, kv_cache_memory=pool, max_num_seqs=512)
     run_requests(core, [Lengths(8, 4)] * 3)
-    seconds, steps = run_requests(core, requests)
-    output = sum(request.output for request in requests)
+    served = run_requests(core, requests, while_queued=True)
     return {
-        "output_tokens_per_second": output / seconds,
-        "requests_per_second": len(requests) / seconds,
+        "output_tokens_per_second": served.tokens / served.seconds,
+        "requests_per_second": served.finished / served.seconds,
         "requests": len(requests),
         "prompt_mean": sum(request.prompt for request in requests) / len(requests),
-        "output_mean": output / len(requests),
-        "steps": len(steps),
+        "output_mean": sum(request.output for request in requests) / len(requests),
+        "steps": len(served.steps),
         "pool_tokens": core.memory.tokens,
         "preemptions": core.stats().preemptions,
     }
 
 
 def memory(setup: Setup, batch: int, new: int, machine: Machine) -> Mapping[str, Any]:
-    """The most memory that a batch needs, from prompts of one token, and how fast it goes."""
+    """What a batch takes of the card, from prompts of one token, as the driver counts it; and how fast it goes."""
     batch, new = (3, 4) if machine.small else (batch, new)
     made = _make(machine, setup)
-    if machine.cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     requests = [Lengths(1, new - 1)] * batch  # together `new` tokens in the cache
     core = _core(machine, made.model, setup, requests)
-    seconds, _ = run_requests(core, requests)
+    machine.tidy()  # what finding the free memory took
+    if machine.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    served = run_requests(core, requests)
     return {
         "weight_bytes": made.weight_bytes,
         "pool_bytes": core.memory.pool_bytes,
-        "peak_bytes": torch.cuda.max_memory_allocated() if machine.cuda else None,
-        "reserved_bytes": torch.cuda.max_memory_reserved() if machine.cuda else None,
-        "tokens_per_second": batch * (new - 1) / seconds,
+        "peak_bytes": _used() if machine.cuda else None,  # PyTorch gives nothing back before it is told to
+        "allocated_bytes": torch.cuda.max_memory_allocated() if machine.cuda else None,
+        "tokens_per_second": served.tokens / served.seconds,
     }
+
+
+def _used() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
 
 
 def _make(machine: Machine, setup: Setup) -> Made:
@@ -170,6 +184,7 @@ def _new_model(machine: Machine, setup: Setup) -> Made:
 
 def _core(machine: Machine, model: LoadedModel, setup: Setup, requests: Sequence[Lengths], **different: Any) -> Core:
     """An engine with room for these requests at once, unless told otherwise."""
+    machine.tidy()
     spec = model.spec
     layer = plan_on(machine, made_up_plan(setup.kv, spec.num_kv_heads, spec.head_dim))
     plan = KVPlan(setup.kv, (layer,) * len(spec.layers))
@@ -191,23 +206,55 @@ def _core(machine: Machine, model: LoadedModel, setup: Setup, requests: Sequence
     return Core(model, EngineConfig(**settings | different), kv=plan)
 
 
-def run_requests(core: Core, lengths: Sequence[Lengths]) -> tuple[float, list[float]]:
-    """Serve requests that arrive together, each to its last token: the seconds of all, and of each step."""
-    source = random.Random(1)
-    counts: dict[int, int] = {}
+@dataclass
+class Served:
+    """What came of some requests.
+
+    Attributes:
+        steps: the seconds of each step.
+        tokens: of all outputs.
+        finished: requests that came to their end.
+    """
+
+    steps: list[float] = field(default_factory=list)
+    tokens: int = 0
+    finished: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(self.steps)
+
+    def take(self, events: Sequence[tuple[Request, TokenEvent | Failure]], seconds: float) -> None:
+        """Count a step's events."""
+        self.steps.append(seconds)
+        for _, event in events:
+            if isinstance(event, Failure):
+                raise RuntimeError(f"a request failed: {event.message}")
+            self.tokens += event.token_id is not None
+            self.finished += event.finish_reason is not None
+
+
+def run_requests(core: Core, lengths: Sequence[Lengths], while_queued: bool = False) -> Served:
+    """Serve requests that arrive together, each to its last token, or all until none waits for its turn any more."""
+    source, served = random.Random(1), Served()
+    requests = []
     for length in lengths:
         prompt = [source.randrange(3, 100) for _ in range(length.prompt)]
         sampling = SamplingParams(temperature=0, max_tokens=length.output, ignore_eos=True)
-        core.add(core.request(prompt, sampling, lambda *event: None))
-    marks = [time.perf_counter()]
+        requests.append(core.request(prompt, sampling, lambda *event: None))
+        core.add(requests[-1])
     while core.has_work():
-        for request, event in core.step():
-            if isinstance(event, Failure):
-                raise RuntimeError(f"a request failed: {event.message}")
-            counts[id(request)] = len(request.sequences[0].output)
-        marks.append(time.perf_counter())
-    if sum(counts.values()) != sum(length.output for length in lengths):
-        raise RuntimeError(
-            f"{sum(counts.values())} tokens came, {sum(length.output for length in lengths)} should have"
-        )
-    return marks[-1] - marks[0], [b - a for a, b in itertools.pairwise(marks)]
+        start = time.perf_counter()
+        events = core.step()
+        served.take(events, time.perf_counter() - start)
+        if while_queued and len(served.steps) % 8 == 0 and core.stats().waiting == 0:
+            break
+    for request in requests:
+        core.abort(request)
+    while core.has_work():  # steps that were launched ahead
+        core.step()
+    wanted = sum(length.output for length in lengths)
+    if not while_queued and served.tokens != wanted:
+        raise RuntimeError(f"{served.tokens} tokens came, {wanted} should have")
+    return served

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch.nn.functional as F
+
 from gpu.case import Case
 from gpu.machine import Machine
 from gpu.shapes import LinearShape, linear_shapes, spec_of

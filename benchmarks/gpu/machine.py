@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Callable, Hashable
@@ -26,14 +28,18 @@ class Machine:
     Attributes:
         card: as the driver names it; on a CPU, what computes there.
         small: miniatures, and few of them: everything runs, nothing is measured.
+        rotates: whether calls are measured on inputs that no cache holds; see `timing.rotated`.
         kept: the one large thing that several cases in a row use, and what it is.
+        tuned: the (op, key) pairs whose configurations are known, and not to be measured again.
     """
 
     device: torch.device
     card: str
     ops: Ops
     small: bool
+    rotates: bool = True
     kept: dict[Hashable, Any] = field(default_factory=dict)
+    tuned: set[tuple[str, str]] = field(default_factory=set)
 
     @classmethod
     def here(cls, small: bool) -> Machine:
@@ -71,10 +77,15 @@ class Machine:
         """The large thing called `what`: the one that is kept, or a new one when that is gone."""
         if what not in self.kept:
             self.kept.clear()
-            if self.cuda:
-                torch.cuda.empty_cache()
+            self.tidy()
             self.kept[what] = make()
         return self.kept[what]
+
+    def tidy(self) -> None:
+        """Give back what nobody holds any more, graphs and their memory included."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
 
     def wait(self) -> None:
         """Until the card has done what it was given."""
@@ -83,8 +94,6 @@ class Machine:
 
     def describe(self) -> dict[str, Any]:
         """Card, versions and commit, for the results."""
-        import importlib.metadata
-
         facts: dict[str, Any] = {"card": self.card, "ops": self.ops.name, "python": platform.python_version()}
         for name in ("torch", "triton"):
             try:

@@ -35,6 +35,8 @@ def main() -> int:
     while time.time() < deadline and crashes < args.most_crashes:
         if watch(command(args, run, deadline), args.out, run, deadline, args.small):
             break
+        if not (args.out / "current.json").is_file():
+            return 1  # it did not come to the first case, and has said why
         crashes += 1
     report = [sys.executable, "-m", "gpu.report", str(args.out)]
     return subprocess.run(report, env=environment(), check=False).returncode

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from gpu.machine import Machine
 from torch import Tensor
 
+from gpu.machine import Machine
 from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
 from kvant.formats.kv import KV_FORMATS, KVLayer, KVPlan, KVShape, LayerPlan

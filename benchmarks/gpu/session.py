@@ -49,13 +49,20 @@ def main() -> None:
         _append(results, machine, args.run, "environment", "environment", {}, {"figures": machine.describe()})
     only, again = (tuple(filter(None, text.split(","))) for text in (args.only, args.again))
     cases = [case for case in all_cases(args.small) if case.stage in (only or STAGES)]
-    left = left_to_do(cases, results, machine, args.run, again)
-    for index, case in enumerate(left):
+    stage = ""
+    for case in left_to_do(cases, results, machine, args.run, again):
         if time.time() + (0 if args.small else case.seconds) > args.deadline:
             continue
-        if index and case.stage != left[index - 1].stage:
-            machine = Machine.here(args.small)  # its ops know what was tuned
+        if case.stage != stage:
+            machine, stage = Machine.here(args.small), case.stage  # its ops know what was tuned
+            machine.tuned = _tuned(results, machine, args.run if "tuning" in again else None)
         _measure(case, machine, results, args.run)
+
+
+def _tuned(results: Results, machine: Machine, run: str | None) -> set[tuple[str, str]]:
+    """What need not be tuned: what was, or what was in this run where all is to be tuned again."""
+    records = [r for r in results.records() if r["small"] == machine.small and run in (None, r["run"])]
+    return tune.keys_of(records, machine.card)
 
 
 def _measure(case: Case, machine: Machine, results: Results, run: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+
 from gpu import attention
 from gpu.case import Case
 from gpu.machine import Machine
 from gpu.shapes import spec_of
 from gpu.timing import rotated
 from gpu.workload import Build, Workload, timed
-
 from kvant.kernels.ops import SamplingBatch
 
 

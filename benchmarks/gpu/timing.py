@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 import torch
+
 from gpu.machine import Machine
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class Timing:
 
 def rotated(machine: Machine, thing: T, size: int) -> list[T]:
     """The thing and copies of it, together three times as large as the card's last cache."""
-    wanted = -(-3 * machine.l2_bytes // max(size, 1))
+    wanted = -(-3 * machine.l2_bytes // max(size, 1)) if machine.rotates else 1
     return [thing, *(copy.deepcopy(thing) for _ in range(min(max(wanted, 1), _MOST_COPIES) - 1))]
 
 

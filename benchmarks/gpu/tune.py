@@ -7,33 +7,38 @@ workload asks of them is seen by standing in for `default`: so nothing here know
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from gpu import attention, linear
-from gpu.case import Case
-from gpu.machine import Machine
-from gpu.results import Results, latest
-from gpu.timing import measure
-from gpu.workload import Build, Workload
 from torch import Tensor
 
 import kvant.kernels.triton as kernels
+from gpu import attention, linear
+from gpu.case import Case
+from gpu.linear import MODELS
+from gpu.machine import Machine
+from gpu.results import Record, Results, latest
+from gpu.shapes import linear_shapes, spec_of
+from gpu.timing import measure
+from gpu.workload import Build, Workload
 from kvant.kernels.triton.launch import Config
 from kvant.kernels.triton.tuning import TABLES, Tuning, card_name
 
 _QUICK, _CAREFUL = 0.02, 0.15  # seconds of a series
 _FINALISTS = 3
+_SMALL = 2  # candidates that are tried of a miniature
 _GAIN = 1.02  # a default is left for what is so much faster
+_COMPILE_SECONDS = 150
 _WORKERS = 12  # processes that compile at the same time
 _TOLERANCE = 0.02
 
@@ -107,23 +112,29 @@ def points(small: bool) -> Iterator[tuple[dict[str, Any], Build]]:
         step = attention.Step("decode 2x70", ((2, 69, 1),))
         yield {"op": "attention", "format": "int8"}, partial(attention.build, "llama-2-7b", "int8", step)
         return
-    models = ("llama-2-7b", "llama-3-8b")
-    for step in (attention.TARGET, *attention.DECODES[1:4], *attention.PROMPTS[:2]):
-        for model in models:
+    yield from _attention_points((attention.TARGET,))
+    yield from _linear_points((1, 16))
+    yield from _attention_points((*attention.DECODES[1:4], *attention.PROMPTS[:2]))
+    yield from _linear_points((64, 256, 32, 128, 512))
+
+
+def _attention_points(steps: Sequence[attention.Step]) -> Iterator[tuple[dict[str, Any], Build]]:
+    for step in steps:
+        for model in ("llama-2-7b", "llama-3-8b"):
             for fmt in attention.MAIN:
                 tags = {"op": "attention", "model": model, "format": fmt, "step": step.name}
                 yield tags, partial(attention.build, model, fmt, step)
-    for rows in (1, 16, 64, 256, 32, 128, 512):
-        for model, shape, fmt in _matrices():
+
+
+def _linear_points(counts: Sequence[int]) -> Iterator[tuple[dict[str, Any], Build]]:
+    every = [(model, shape) for model in MODELS for shape in linear_shapes(spec_of(model, False))[:4]]
+    for rows in counts:
+        for model, shape, fmt in [
+            *((m, s, "w4") for m, s in every),
+            *((m, s, f) for f in ("w8", "w8a8") for m, s in every[:4]),
+        ]:
             tags = {"op": "linear", "model": model, "layer": shape.name, "format": fmt, "rows": rows}
             yield tags, partial(linear.build, shape, fmt, rows)
-
-
-def _matrices() -> Iterator[tuple[str, Any, str]]:
-    formats = ("w4", "w8", "w8a8")
-    every = [(m, s) for m in linear.MODELS for s in linear.linear_shapes(linear.spec_of(m, False))[:4]]
-    yield from ((model, shape, "w4") for model, shape in every)
-    yield from ((model, shape, fmt) for fmt in formats[1:] for model, shape in every[:4])
 
 
 def cases(small: bool) -> list[Case]:
@@ -137,12 +148,14 @@ def tuned(build: Build, machine: Machine) -> Mapping[str, Any]:
     work = build(machine)
     with standing() as stands:
         work.calls[0]()
-        found = [_tuned_one(machine, work, stand) for stand in stands if stand.asked is not None]
+        new = [stand for stand in stands if stand.asked and (stand.op, stand.asked[0]) not in machine.tuned]
+        found = [_tuned_one(machine, work, stand) for stand in new]
+    machine.tuned |= {(one["op"], one["key"]) for one in found}
     return {"kernels": found}
 
 
 def _tuned_one(machine: Machine, work: Workload, stand: Stand) -> Mapping[str, Any]:
-    candidates, times, failed = stand.candidates(), {}, 0
+    candidates, times, failed = stand.candidates()[: _SMALL if machine.small else None], {}, 0
     truth = _output(work)
     for index, config in enumerate(candidates):
         stand.trial = config
@@ -186,30 +199,43 @@ def _compile_all(machine: Machine) -> Mapping[str, Any]:
     """Let processes run each candidate once: Triton keeps what they compile, and measuring does not wait for it."""
     if not machine.cuda:
         return {"workers": 0}
-    arguments = [sys.executable, "-m", "gpu.tune"]
-    workers = [subprocess.Popen([*arguments, str(index), str(_WORKERS)]) for index in range(_WORKERS)]
-    try:
-        return {"workers": _WORKERS, "statuses": [worker.wait() for worker in workers]}
-    finally:
-        for worker in workers:
-            worker.kill()
+    known, end = json.dumps(sorted(machine.tuned)), time.monotonic() + _COMPILE_SECONDS
+    command = [sys.executable, "-m", "gpu.tune", str(_WORKERS), known]
+    workers = [subprocess.Popen([*command, str(index)]) for index in range(_WORKERS)]
+    while time.monotonic() < end and any(worker.poll() is None for worker in workers):
+        time.sleep(0.2)
+    statuses = [worker.poll() for worker in workers]
+    for worker in workers:
+        worker.kill()
+        worker.wait()
+    return {"workers": _WORKERS, "statuses": statuses}
 
 
-def compile_share(index: int, workers: int) -> None:
-    """Run this worker's share of the candidates of all points."""
-    machine = Machine.here(small=False)
+def compile_share(index: int, workers: int, known: set[tuple[str, str]]) -> None:
+    """Run this worker's share of the candidates of all points; what fails is for the one who measures to count."""
+    machine = replace(Machine.here(small=False), rotates=False)
     for _, build in points(False):
-        with standing() as stands:
+        with suppress(Exception), standing() as stands:
             work = build(machine)
             work.calls[0]()
             for stand in stands:
-                for config in islice(stand.candidates() if stand.asked else (), index, None, workers):
-                    stand.trial = config
-                    try:
-                        work.calls[0]()
-                    except Exception:  # the one who measures counts these
-                        machine.wait()
-                stand.trial = None
+                if stand.asked and (stand.op, stand.asked[0]) not in known:
+                    known.add((stand.op, stand.asked[0]))
+                    _try_each(work, stand, stand.candidates()[index::workers])
+
+
+def _try_each(work: Workload, stand: Stand, candidates: Sequence[Config]) -> None:
+    for config in candidates:
+        stand.trial = config
+        with suppress(Exception):
+            work.calls[0]()
+    stand.trial = None
+
+
+def keys_of(records: Sequence[Record], card: str) -> set[tuple[str, str]]:
+    """The (op, key) pairs that were tuned on a card."""
+    figures = [r["figures"] for r in records if (r["stage"], r["card"]) == ("tuning", card) and "figures" in r]
+    return {(one["op"], one["key"]) for found in figures for one in found.get("kernels", ())}
 
 
 def write_table(results: Results, machine: Machine) -> None:
@@ -228,4 +254,4 @@ def write_table(results: Results, machine: Machine) -> None:
 
 
 if __name__ == "__main__":
-    compile_share(int(sys.argv[1]), int(sys.argv[2]))
+    compile_share(int(sys.argv[3]), int(sys.argv[1]), {(op, key) for op, key in json.loads(sys.argv[2])})

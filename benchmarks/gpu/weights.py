@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+
 from gpu.machine import Machine
 from gpu.shapes import linear_shapes
-
 from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.models.layers import AttentionWeights, DecoderWeights, LayerWeights, Linear, MlpWeights
 from kvant.models.spec import ModelSpec
