@@ -131,8 +131,10 @@ class Ops(Protocol):
     def prepare(self, weight: PackedWeight) -> Any:
         """A weight of any format in the backend's own layout, for `linear` and `embedding`. Called once a weight."""
 
-    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
         """x [T, K] -> x W^T + b, [T, N]. A row's result does not depend on the other rows (see `reference`).
+
+        x may be what `add_rms_norm` made for this weight, too.
 
         Where the weight says so (`PackedWeight.inputs`), x is rounded to 8 bits first; a backend that rounds it anyway,
         and no more coarsely, does that instead.
@@ -144,8 +146,14 @@ class Ops(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32; weight [last] float32."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The new residual r = x + residual, and rms_norm(r): returns (normed, r)."""
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Any = None
+    ) -> tuple[Any, Tensor]:
+        """The new residual r = x + residual, and rms_norm(r): returns (normed, r).
+
+        Where `reader` is given, a prepared weight, `normed` is for `linear` with that weight alone: a backend may give
+        it in the form that the weight takes, as codes.
+        """
 
     def rope_write_kv(
         self,

@@ -73,7 +73,9 @@ class ReferenceOps:
         normed: Tensor = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (normed * weight).to(x.dtype)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Any = None
+    ) -> tuple[Any, Tensor]:
         total = x + residual
         return self.rms_norm(total, weight, eps), total
 

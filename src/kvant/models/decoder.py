@@ -54,7 +54,8 @@ class Decoder:
             tokens = TokenContext(batch, rotary[layer.rope] if layer.rope else None, query_scale)
             shape = attention_shape(spec, layer)
             x, residual = computed(ops, decoder_layer(ops, x, residual, weights, spec, shape, kv, tokens))
-        return ops.add_rms_norm(x, residual, self._weights.norm, spec.rms_eps)[0]
+        normed: Tensor = ops.add_rms_norm(x, residual, self._weights.norm, spec.rms_eps)[0]
+        return normed
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

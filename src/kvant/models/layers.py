@@ -114,13 +114,13 @@ def decoder_layer(
 ) -> Products[tuple[Tensor, Tensor]]:
     """One layer of the decoder: x [T, hidden], what the one before adds to its residual -> the same of this layer."""
     qkv, out, gate_up, down = weights.linears.values()
-    h, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps)
+    h, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps, qkv.weight)
     # Many layers may wait for a product at once: there, nothing but the residual has a name that keeps it in memory.
     asked = [h]
     del x, h
     x = yield out, attention(ops, (yield qkv, asked.pop()), weights.attention, shape, spec.rms_eps, cache, tokens)
     x = _post_norm(ops, x, weights.post_attention_norm, spec.rms_eps)
-    h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps)
+    h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps, gate_up.weight)
     asked.append(h)
     del x, h
     x = yield down, ops.gated((yield gate_up, asked.pop()), spec.activation)

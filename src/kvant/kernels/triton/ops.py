@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from kvant.kernels.reference import ReferenceOps
@@ -17,7 +19,9 @@ class TritonOps(ReferenceOps):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Any = None
+    ) -> tuple[Any, Tensor]:
         return norm.add_rms_norm(x, residual, weight, eps)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
