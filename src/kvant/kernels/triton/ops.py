@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kvant.formats.kv import KVLayer
+from kvant.kernels.ops import AttentionBatch
 from kvant.kernels.reference import ReferenceOps
-from kvant.kernels.triton import gated, norm
+from kvant.kernels.triton import gated, kv_write, norm
 
 
 class TritonOps(ReferenceOps):
@@ -18,6 +20,17 @@ class TritonOps(ReferenceOps):
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return norm.add_rms_norm(x, residual, weight, eps)
+
+    def rope_write_kv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVLayer,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        return kv_write.rope_write_kv(q, k, v, rotary, cache, batch)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         return gated.gated(x, activation)
