@@ -191,17 +191,55 @@ def _grouped(x, at, head, kept, meta, side, WIDTH: tl.constexpr):
         scales = tl.where(member, scale[:, None], scales)
         shifts = tl.where(member, 7.5 + eighths[:, None] / 8, shifts)
     steps = tl.where(scales > 0, scales, 1.0)
+    aims = x / steps + shifts
     if side.feedback is not None:
-        # Rows of the feedback are zero up to the diagonal: what is rounded is not changed any more.
-        for i in range(WIDTH):
-            aims = x / steps + shifts
-            errors = (aims - rint(_bounded(aims, 0.0, 15.0))) * scales
-            error = tl.sum(tl.where(at[None, :] == i, errors, 0.0), axis=1)
-            x -= (
-                error[:, None]
-                * tl.load(side.feedback + (head * WIDTH + i) * WIDTH + at, at < WIDTH, other=0.0)[None, :]
+        aims = _fed_back(aims, at, head, scales, steps, side, WIDTH)
+    return rint(_bounded(aims, 0.0, 15.0))
+
+
+@triton.jit
+def _fed_back(aims, at, head, scales, steps, side, WIDTH: tl.constexpr):
+    """What is rounded to codes, each element's after those before it have passed their errors on.
+
+    Four elements are taken out of the vector at once: that takes longer than rounding them. What an element receives is
+    an error in steps of the group that it comes from; rows of the feedback are zero up to the diagonal.
+    """
+    size: tl.constexpr = WIDTH // side.groups
+    tl.static_assert(size % 4 == 0, "feedback needs groups of a multiple of 4 elements")
+    for group in tl.static_range(side.groups):
+        ratios = _element(scales, at, group * size)[:, None] / steps
+        for i in range(group * size, (group + 1) * size, 4):
+            row = side.feedback + (head * WIDTH + i) * WIDTH
+            a, b, c, d = (
+                _element(aims, at, i),
+                _element(aims, at, i + 1),
+                _element(aims, at, i + 2),
+                _element(aims, at, i + 3),
             )
-    return rint(_bounded(x / steps + shifts, 0.0, 15.0))
+            a, b = _two_errors(a, b, row + i)
+            c -= a * tl.load(row + i + 2) + b * tl.load(row + WIDTH + i + 2)
+            d -= a * tl.load(row + i + 3) + b * tl.load(row + WIDTH + i + 3)
+            c, d = _two_errors(c, d, row + 2 * WIDTH + i + 2)
+            passed = a[:, None] * tl.load(row + at, at < WIDTH, other=0.0)[None, :]
+            passed += b[:, None] * tl.load(row + WIDTH + at, at < WIDTH, other=0.0)[None, :]
+            passed += c[:, None] * tl.load(row + 2 * WIDTH + at, at < WIDTH, other=0.0)[None, :]
+            passed += d[:, None] * tl.load(row + 3 * WIDTH + at, at < WIDTH, other=0.0)[None, :]
+            aims -= passed * ratios
+    return aims
+
+
+@triton.jit
+def _two_errors(first, second, weight):
+    """The errors of two neighbours in steps, the second's after the first's was passed on to it."""
+    error = first - rint(_bounded(first, 0.0, 15.0))
+    second -= error * tl.load(weight + 1)
+    return error, second - rint(_bounded(second, 0.0, 15.0))
+
+
+@triton.jit
+def _element(x, at, i):
+    """Column i of x."""
+    return tl.sum(tl.where(at[None, :] == i, x, 0.0), axis=1)
 
 
 @triton.jit

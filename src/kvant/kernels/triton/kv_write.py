@@ -63,8 +63,9 @@ def rope_write_kv(
 
 def default(tokens: int) -> Config:
     """Few tokens are spread over as many programs as can be; of many, each program takes some."""
-    few = 16 if interpreted() else 1
-    return Config({"TOKENS": 8 if tokens > 128 else few}, num_warps=1, num_stages=1)
+    some = 8 if tokens > 128 else 1
+    # The interpreter takes as long for a program of one token.
+    return Config({"TOKENS": 64 if interpreted() else some}, num_warps=1, num_stages=1)
 
 
 class _Vectors(NamedTuple):
