@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from kvant.formats.kv import KVLayer
+from kvant.kernels.ops import AttentionBatch
 from kvant.kernels.reference import ReferenceOps
-from kvant.kernels.triton import gated, norm
+from kvant.kernels.triton import gated, kv_write, norm
 
 
 class TritonOps(ReferenceOps):
@@ -23,6 +25,17 @@ class TritonOps(ReferenceOps):
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Any = None
     ) -> tuple[Any, Tensor]:
         return norm.add_rms_norm(x, residual, weight, eps)
+
+    def rope_write_kv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVLayer,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        return kv_write.rope_write_kv(q, k, v, rotary, cache, batch)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         return gated.gated(x, activation)
