@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from kvant.formats.weight import PackedWeight
 from kvant.kernels.reference import ReferenceOps
-from kvant.kernels.triton import gated, norm
+from kvant.kernels.triton import embedding, gated, launch, linear, norm, weights
 
 
 class TritonOps(ReferenceOps):
     """`kernels.ops.Ops` on an NVIDIA GPU of compute capability 8.0 and later, or in Triton's interpreter."""
 
     name = "triton"
+    packed_weights = True
+
+    def prepare(self, weight: PackedWeight) -> Any:
+        return weights.prepare(weight, launch.device())
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        return linear.linear(x, weight, bias)
+
+    def embedding(self, ids: Tensor, weight: Any) -> Tensor:
+        return embedding.embedding(ids, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)
