@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
+from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import AttentionBatch
 from kvant.kernels.reference import ReferenceOps
-from kvant.kernels.triton import gated, kv_write, norm
+from kvant.kernels.triton import embedding, gated, kv_write, linear, norm, weights
 
 
 class TritonOps(ReferenceOps):
@@ -17,6 +18,16 @@ class TritonOps(ReferenceOps):
 
     name = "triton"
     capturable = True
+    packed_weights = True
+
+    def prepare(self, weight: PackedWeight) -> Any:
+        return weights.prepare(weight, self.device)
+
+    def linear(self, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
+        return linear.linear(x, weight, bias)
+
+    def embedding(self, ids: Tensor, weight: Any) -> Tensor:
+        return embedding.embedding(ids, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)
