@@ -89,6 +89,35 @@ def side_of(layer: KVLayer, name: str) -> Side:
     )
 
 
+def side_arguments(side: Side, prefix: str) -> dict[str, object]:
+    """What kernels take of a side, under names that begin with the prefix ("k", "v"); constants have it in capitals."""
+    big = prefix.upper()
+    return {
+        f"{prefix}_codes": side.codes,
+        f"{prefix}_meta": side.meta,
+        f"{prefix}_scale": side.stats.scale,
+        f"{prefix}_balance": side.stats.balance,
+        f"{big}_KIND": side.kind,
+        f"{big}_STEPS": side.steps,
+        f"{big}_GROUPS": side.groups,
+        f"{big}_CODE_STRIDE": side.code_stride,
+        f"{big}_META_STRIDE": side.meta_stride,
+        f"{big}_HADAMARD": side.hadamard,
+    }
+
+
+def centre_arguments(side: Side) -> dict[str, object]:
+    """What kernels take of the keys' centre; ORDER is 0 for none."""
+    centre = side.stats.centre
+    return {
+        "centre": None if centre is None else centre.coefficients,
+        "frequencies": None if centre is None else centre.frequencies,
+        "basis": None if centre is None else basis(side.order, side.codes.device),
+        "ORDER": side.order,
+        "TURNING": side.turning,
+    }
+
+
 def hadamard_block(head_dim: int) -> int:
     """The largest power of two that divides it: see `formats.kv_codecs.hadamard`."""
     return head_dim & -head_dim
@@ -96,8 +125,8 @@ def hadamard_block(head_dim: int) -> int:
 
 @cache
 def basis(order: int, device: torch.device) -> Tensor:
-    """`polynomials` on a device, [CENTRE_TILE, order] float32."""
-    return polynomials(order).to(device)
+    """`polynomials` on a device, [CENTRE_TILE, order] float32, contiguous."""
+    return polynomials(order).contiguous().to(device)
 
 
 def _head_dim(kind: str, codes: Tensor) -> int:

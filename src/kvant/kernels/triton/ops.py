@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from kvant.formats.kv import KVLayer
+from kvant.kernels.ops import AttentionBatch, AttentionShape
 from kvant.kernels.reference import ReferenceOps
+from kvant.kernels.triton.attention_decode import attention_decode
 
 
 class TritonOps(ReferenceOps):
     """`kernels.ops.Ops` on an NVIDIA GPU of compute capability 8.0 and later, or in Triton's interpreter."""
 
     name = "triton"
+
+    def attention(self, q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
+        if len(q) == len(batch.context_lens) and shape.head_dim & (shape.head_dim - 1) == 0:
+            return attention_decode(q, cache, batch, shape)
+        return super().attention(q, cache, batch, shape)
