@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from kvant.kernels.triton.launch import runs_here
 from kvant.weights.pull import PULLABLE, find_pulled
+from tests.kernels.triton.interpreter import round_to_bfloat16
 
 settings.register_profile("kvant", deadline=None)
 settings.load_profile("kvant")
@@ -34,6 +36,14 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("KVANT_HOME", str(home))
         # Tests of what is to be the same bits need it; those of native kernels ask for them.
         patch.setenv("KVANT_CPU_ISA", "reference")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if runs_here():
+            round_to_bfloat16(patch)
         yield
 
 

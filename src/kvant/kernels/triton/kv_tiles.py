@@ -114,7 +114,7 @@ def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def hadamard_of_halves(even, odd, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """`hadamard` of rows whose even and odd elements come, and go, apart: [ROWS, WIDTH] each."""
+    """`hadamard` of rows whose even and odd elements come, and go, apart."""
     both, difference = even + odd, even - odd
     return hadamard(both, ROWS, WIDTH, BLOCK // 2), hadamard(difference, ROWS, WIDTH, BLOCK // 2)
 
@@ -134,7 +134,7 @@ def shaped_query(
     """Queries as a side's codes need them, float32: scaled, and through the inverse of what keys go through.
 
     q are pointers to rows of DIM elements, [ROWS, 1], and `held` says which of these there are; the others give zeros.
-    Returns the even and the odd elements for 4-bit codes, else all elements twice: [ROWS, WIDTH], zeros behind the last.
+    Returns the even and the odd elements for 4-bit codes, else all elements twice, [ROWS, WIDTH]; zeros fill the rows.
     """
     at = tl.arange(0, WIDTH)[None, :]
     if KIND == "u4":
