@@ -96,12 +96,6 @@ def steps_at(meta, scale, head, at, STEPS: tl.constexpr):
 
 
 @triton.jit
-def has_shift(STEPS: tl.constexpr):
-    """Whether shifts are not all zero."""
-    return STEPS == "affine" or STEPS == "words"
-
-
-@triton.jit
 def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Rows of x [ROWS, WIDTH] times Sylvester's matrix in blocks of BLOCK, its elements 1 and -1."""
     at = tl.arange(0, WIDTH)[None, :] + tl.zeros([ROWS, WIDTH], tl.int32)
@@ -153,6 +147,39 @@ def shaped_query(
         even = hadamard(even, ROWS, WIDTH, HADAMARD)
         odd = even
     return even * HADAMARD**-0.5, odd * HADAMARD**-0.5
+
+
+@triton.jit
+def vectors(
+    codes, meta, scale, head, blocks, slots,
+    KIND: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, CODE_STRIDE: tl.constexpr,
+    META_STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """A tile's vectors as their inner codec knows them, of TYPE; static scales are left out.
+
+    Returns the even and the odd elements for 4-bit codes, else all elements twice, [TILE, WIDTH]. Behind the last
+    element is something finite.
+    """
+    STORED: tl.constexpr = DIM // 2 if KIND == "u4" else DIM
+    column = tl.arange(0, WIDTH)[None, :]
+    at = (blocks * CODE_STRIDE + slots * STORED)[:, None] + column
+    raw = tl.load(codes + at) if WIDTH == STORED else tl.load(codes + at, column < STORED, 0)
+    if KIND == "u4":
+        even, odd = nibbles(raw, TYPE)
+    else:
+        even = numbers(raw, KIND, TYPE)
+        odd = even
+    if STEPS != "none" and STEPS != "static":
+        first = blocks * META_STRIDE + slots * words_of(STEPS, GROUPS)
+        step, shift = steps_at(meta, scale, head, first, STEPS)
+        steps, shifts = step.to(TYPE)[:, None], shift.to(TYPE)[:, None]
+        for group in tl.static_range(1, GROUPS):
+            step, shift = steps_at(meta, scale, head, first + group, STEPS)
+            here = column // (STORED // GROUPS) == group
+            steps = tl.where(here, step.to(TYPE)[:, None], steps)
+            shifts = tl.where(here, shift.to(TYPE)[:, None], shifts)
+        even, odd = even * steps - shifts, odd * steps - shifts
+    return even, odd
 
 
 @triton.jit
