@@ -7,6 +7,7 @@ does to values is undone on the sum of the parts.
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from kvant.formats.kv import SINK_SPAN, KVLayer
@@ -18,6 +19,7 @@ from kvant.kernels.triton.attention_parts import merge
 from kvant.kernels.triton.kv_layout import centre_arguments, dot_types, side_arguments, side_of
 from kvant.kernels.triton.launch import Config
 
+ROWS = 16  # query heads that a program takes, and what tensor cores take at least
 LOG2E = 1.4426950408889634
 # What `merge` takes of a cache's sides.
 _MERGED = ("k_codes", "v_codes", "v_balance", "K_KIND", "V_KIND", "V_HADAMARD", "K_CODE_STRIDE", "V_CODE_STRIDE")
@@ -48,10 +50,8 @@ def attention_decode(
     launch |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.blocks["DOT"]:
         k_type, v_type = dot_types(q.dtype, key, value)
-        precision = "ieee" if q.dtype == torch.float32 else "tf32x3"
-        attend_group[(sequences, shape.num_kv_heads, splits)](
-            **launch, K_TYPE=k_type, V_TYPE=v_type, PRECISION=precision
-        )
+        pieces = shape.num_kv_heads * triton.cdiv(shape.num_heads // shape.num_kv_heads, ROWS)
+        attend_group[(sequences, pieces, splits)](**launch, K_TYPE=k_type, V_TYPE=v_type, ROWS=ROWS)
     else:
         attend_one[(sequences, shape.num_heads, splits)](**launch)
     merged = {name: sides[name] for name in _MERGED}

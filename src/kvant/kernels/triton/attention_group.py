@@ -6,25 +6,8 @@ import triton
 import triton.language as tl
 
 from kvant.kernels.triton.attention_parts import part_of
-from kvant.kernels.triton.kv_tiles import capped, places, shaped_query, turned_by, vectors, width_of
-
-
-@triton.jit
-def _centre_scores(
-    first, second, rest, near, far, basis, speeds, start, PRECISION: tl.constexpr,
-    ORDER: tl.constexpr, TERMS: tl.constexpr, CENTRE_TILE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """What the queries make of the keys' centre at a tile's tokens, [ROWS, TILE]: see `Centre`."""
-    tl.static_assert(CENTRE_TILE % TILE == 0)
-    cos, sin = turned_by(start // CENTRE_TILE * CENTRE_TILE + (CENTRE_TILE - 1) / 2, speeds)
-    # The queries are turned back instead of the centre being turned there.
-    back = first * cos[None, :] + second * sin[None, :]
-    weights = tl.dot(back, near, rest, input_precision=PRECISION)
-    back = second * cos[None, :] - first * sin[None, :]
-    weights = tl.dot(back, far, weights, input_precision=PRECISION)
-    term, token = tl.arange(0, TERMS)[:, None], ((start + tl.arange(0, TILE)) % CENTRE_TILE)[None, :]
-    curve = tl.load(basis + token * ORDER + term, (term < ORDER) & (token >= 0), 0)
-    return tl.dot(weights, curve, input_precision=PRECISION)
+from kvant.kernels.triton.kv_centre import centre_scores, centre_terms, turn_speeds
+from kvant.kernels.triton.kv_tiles import capped, places, shaped_query, vectors, width_of
 
 
 @triton.jit
@@ -34,22 +17,22 @@ def attend_group(
     K_KIND: tl.constexpr, K_STEPS: tl.constexpr, K_GROUPS: tl.constexpr, K_CODE_STRIDE: tl.constexpr,
     K_META_STRIDE: tl.constexpr, K_HADAMARD: tl.constexpr, K_TYPE: tl.constexpr,
     V_KIND: tl.constexpr, V_STEPS: tl.constexpr, V_GROUPS: tl.constexpr, V_CODE_STRIDE: tl.constexpr,
-    V_META_STRIDE: tl.constexpr, V_HADAMARD: tl.constexpr, V_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    V_META_STRIDE: tl.constexpr, V_HADAMARD: tl.constexpr, V_TYPE: tl.constexpr,
     ORDER: tl.constexpr, TURNING: tl.constexpr, SINKS: tl.constexpr, LEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    CENTRE_TILE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    CENTRE_TILE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """All query heads of a KV head over a part of its context."""
-    sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Up to 16 query heads of a KV head over a part of its context."""
+    sequence, split = tl.program_id(0), tl.program_id(2)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    head, member = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS * ROWS
     low, end, begin = part_of(tl.load(lengths + sequence), split, WINDOW, SINKS, TILE, SPLITS)
     if low >= end:
         return
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    ROWS: tl.constexpr = max(16, triton.next_power_of_2(GROUP))
     K_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(width_of(K_KIND, DIM)))
     V_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(width_of(V_KIND, DIM)))
     table = tables + sequence * table_stride
-    row = tl.arange(0, ROWS)[:, None]
+    row = member + tl.arange(0, ROWS)[:, None]
     held = row < GROUP
     query = q + tl.load(starts + sequence).to(tl.int64) * q_stride + (head * GROUP + row) * DIM
     balance = None if k_balance is None else k_balance + head * DIM
@@ -58,20 +41,13 @@ def attend_group(
         even *= tl.load(k_scale + head)
     even, odd = even.to(K_TYPE), odd.to(K_TYPE)
     if ORDER > 0:
-        TERMS: tl.constexpr = max(16, triton.next_power_of_2(ORDER))
-        PAIRS: tl.constexpr = max(16, triton.next_power_of_2(TURNING))
-        PADDED: tl.constexpr = max(16, triton.next_power_of_2(DIM))
-        pair, term, column = tl.arange(0, PAIRS), tl.arange(0, TERMS)[None, :], tl.arange(0, PADDED)
-        turning, still = pair < TURNING, (column >= 2 * TURNING) & (column < DIM)
-        first = tl.load(query + pair[None, :], held & turning[None, :], 0).to(tl.float32) * scale
-        second = tl.load(query + TURNING + pair[None, :], held & turning[None, :], 0).to(tl.float32) * scale
-        rest = tl.load(query + column[None, :], held & still[None, :], 0).to(tl.float32) * scale
-        terms = centre + head * ORDER * DIM + term * DIM
-        near = tl.load(terms + pair[:, None], (term < ORDER) & turning[:, None], 0)
-        far = tl.load(terms + TURNING + pair[:, None], (term < ORDER) & turning[:, None], 0)
-        others = tl.load(terms + column[:, None], (term < ORDER) & still[:, None], 0)
-        rest = tl.dot(rest, others, input_precision=PRECISION)
-        speeds = tl.load(frequencies + pair, turning, 0)
+        FEW: tl.constexpr = min(ROWS, triton.next_power_of_2(GROUP))
+        few = member + tl.arange(0, FEW)[:, None, None]
+        with_cos, with_sin, with_none = centre_terms(
+            q + tl.load(starts + sequence).to(tl.int64) * q_stride + (head * GROUP + few) * DIM, few < GROUP,
+            centre + head * ORDER * DIM, scale, FEW, ORDER, TURNING, DIM,
+        )  # fmt: skip
+        speeds = turn_speeds(frequencies, TURNING)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     low_sum = tl.zeros([ROWS, V_WIDTH], tl.float32)
@@ -93,9 +69,8 @@ def attend_group(
         if K_KIND == "u4":
             scores = tl.dot(odd, tl.trans(high_keys), scores, input_precision="ieee")
         if ORDER > 0:
-            scores += _centre_scores(
-                first, second, rest, near, far, basis, speeds, start, PRECISION, ORDER, TERMS, CENTRE_TILE, TILE
-            )
+            common = centre_scores(with_cos, with_sin, with_none, speeds, basis, start, ORDER, CENTRE_TILE, TILE)
+            scores += tl.reshape(tl.broadcast_to(common[None, :, :], [ROWS // FEW, FEW, TILE]), [ROWS, TILE])
         scores = tl.where((tokens == positions)[None, :], capped(scores, SOFTCAP), -float("inf"))
         next_top = tl.maximum(top, tl.max(scores, 1))
         kept = tl.exp2(top - next_top)
@@ -111,8 +86,8 @@ def attend_group(
     column = tl.arange(0, V_WIDTH)[None, :]
     part = (sequence * HEADS + head * GROUP + row) * SPLITS + split
     flat = tl.reshape(part, [ROWS])
-    tl.store(tops + flat * 2, top, tl.arange(0, ROWS) < GROUP)
-    tl.store(tops + flat * 2 + 1, total, tl.arange(0, ROWS) < GROUP)
+    tl.store(tops + flat * 2, top, member + tl.arange(0, ROWS) < GROUP)
+    tl.store(tops + flat * 2 + 1, total, member + tl.arange(0, ROWS) < GROUP)
     at = sums + part.to(tl.int64) * DIM
     inside = held & (column < width_of(V_KIND, DIM))
     if V_KIND == "u4":

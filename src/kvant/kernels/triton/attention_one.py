@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from kvant.kernels.triton.attention_parts import part_of
+from kvant.kernels.triton.kv_centre import centre_scores, centre_terms, turn_speeds
 from kvant.kernels.triton.kv_tiles import (
     capped,
     numbers,
@@ -13,7 +14,6 @@ from kvant.kernels.triton.kv_tiles import (
     raised_nibbles,
     shaped_query,
     steps_at,
-    turned_by,
     width_of,
 )
 
@@ -44,26 +44,6 @@ def _steps(
         step *= 128
         shift += step
     return step, shift
-
-
-@triton.jit
-def _centre_terms(
-    q, centre, scale,
-    ORDER: tl.constexpr, TURNING: tl.constexpr, DIM: tl.constexpr, TERMS: tl.constexpr, PAIRS: tl.constexpr,
-    PADDED: tl.constexpr,
-):  # fmt: skip
-    """The query's products with the centre's coefficients: those that go with cosines, with sines, and with neither."""
-    term, pair, column = tl.arange(0, TERMS)[:, None], tl.arange(0, PAIRS)[None, :], tl.arange(0, PADDED)[None, :]
-    paired = (term < ORDER) & (pair < TURNING)
-    first = tl.load(q + pair, pair < TURNING, 0).to(tl.float32) * scale
-    second = tl.load(q + TURNING + pair, pair < TURNING, 0).to(tl.float32) * scale
-    near = tl.load(centre + term * DIM + pair, paired, 0)
-    far = tl.load(centre + term * DIM + TURNING + pair, paired, 0)
-    still = (column >= 2 * TURNING) & (column < DIM)
-    rest = tl.load(q + column, still, 0).to(tl.float32) * scale
-    others = tl.load(centre + term * DIM + column, (term < ORDER) & still, 0)
-    # R_m turns (near, far) by m: near cos - far sin, far cos + near sin.
-    return first * near + second * far, second * near - first * far, tl.sum(rest * others, 1)
 
 
 @triton.jit
@@ -98,13 +78,11 @@ def attend_one(
     even, odd = tl.reshape(even, [K_GROUPS, K_SIZE]), tl.reshape(odd, [K_GROUPS, K_SIZE])
     total_q = tl.sum(even + odd if K_KIND == "u4" else even, 1)
     if ORDER > 0:
-        TERMS: tl.constexpr = triton.next_power_of_2(ORDER)
-        PAIRS: tl.constexpr = triton.next_power_of_2(max(TURNING, 1))
-        with_cos, with_sin, with_none = _centre_terms(
-            query, centre + kv_head * ORDER * DIM, scale, ORDER, TURNING, DIM, TERMS, PAIRS, triton.next_power_of_2(DIM)
+        one = query + tl.zeros([1, 1, 1], tl.int32)
+        with_cos, with_sin, with_none = centre_terms(
+            one, tl.full([1, 1, 1], 1, tl.int1), centre + kv_head * ORDER * DIM, scale, 1, ORDER, TURNING, DIM
         )
-        pair, term = tl.arange(0, PAIRS), tl.arange(0, TERMS)
-        speeds = tl.load(frequencies + pair, pair < TURNING, 0)
+        speeds = turn_speeds(frequencies, TURNING)
     top, total = -float("inf"), tl.zeros([TILE], tl.float32)
     low_sum = tl.zeros([TILE, V_GROUPS, V_SIZE], tl.float32)
     high_sum = low_sum
@@ -125,11 +103,8 @@ def attend_one(
             dots = tl.sum(numbers(keys, K_KIND, tl.float32) * even[None, :, :], 2)
         scores = tl.sum(dots * k_step - k_shift * total_q[None, :], 1)
         if ORDER > 0:
-            tl.static_assert(CENTRE_TILE % TILE == 0)
-            cos, sin = turned_by(start // CENTRE_TILE * CENTRE_TILE + (CENTRE_TILE - 1) / 2, speeds)
-            weights = tl.sum(with_cos * cos[None, :] + with_sin * sin[None, :], 1) + with_none
-            curve = tl.load(basis + (tokens % CENTRE_TILE)[:, None] * ORDER + term[None, :], (term < ORDER)[None, :], 0)
-            scores += tl.sum(curve * weights[None, :], 1)
+            common = centre_scores(with_cos, with_sin, with_none, speeds, basis, start, ORDER, CENTRE_TILE, TILE)
+            scores += tl.reshape(common, [TILE])
         scores = tl.where(tokens == positions, capped(scores, SOFTCAP), -float("inf"))
         next_top = tl.maximum(top, tl.max(scores, 0))
         if next_top > top:

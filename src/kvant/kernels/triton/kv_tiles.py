@@ -197,12 +197,3 @@ def capped(scores, SOFTCAP: tl.constexpr):
         squashed = 1 - 2 / (tl.exp2(scores * (2 * 1.4426950408889634 / SOFTCAP)) + 1)
         scores = squashed * (SOFTCAP * 1.4426950408889634)
     return scores
-
-
-@triton.jit
-def turned_by(middle, frequencies):
-    """Cosines and sines, float32, of the angles at a position, which float32 holds, of pairs with these frequencies."""
-    # In float32 the angle of a fast pair far into a text would be good to a few digits only.
-    turns = frequencies.to(tl.float64) * middle * 0.15915494309189535
-    angles = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
-    return tl.cos(angles), tl.sin(angles)
