@@ -1,7 +1,7 @@
 """Products with matrices of few bits, whose codes become floats in registers.
 
-The matrix is the left operand, x^T the right one. So few tokens fill tensor cores, whose right operand may be narrow, and
-what is unpacked is multiplied from registers, without a way through shared memory.
+The matrix is the left operand, x^T the right one. So few tokens fill tensor cores, whose right operand may be narrow,
+and what is unpacked is multiplied from registers, without a way through shared memory.
 """
 
 from __future__ import annotations
