@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
-from kvant.kernels.ops import AttentionBatch
+from kvant.kernels.ops import AttentionBatch, SamplingBatch
 from kvant.kernels.reference import ReferenceOps
-from kvant.kernels.triton import gated, kv_write, norm
+from kvant.kernels.triton import gated, kv_write, norm, sample
 
 
 class TritonOps(ReferenceOps):
@@ -34,3 +34,6 @@ class TritonOps(ReferenceOps):
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         return gated.gated(x, activation)
+
+    def sample(self, logits: Tensor, params: SamplingBatch) -> Tensor:
+        return sample.sample(logits, params)
