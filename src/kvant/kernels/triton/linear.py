@@ -1,0 +1,22 @@
+"""Linear layers on weights of any kind."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvant.kernels.triton.input_codes import rounded_inputs
+from kvant.kernels.triton.linear_int8 import linear_int8
+from kvant.kernels.triton.linear_packed import linear_packed
+from kvant.kernels.triton.weights import Dense, RowCodes, TritonWeight
+
+
+def linear(x: Tensor, weight: TritonWeight, bias: Tensor | None = None) -> Tensor:
+    """`Ops.linear`: x [T, K] -> [T, N] in its dtype."""
+    if isinstance(weight, RowCodes):
+        return linear_int8(x, weight, bias)
+    if weight.inputs is not None:
+        x = rounded_inputs(x, weight.inputs)
+    if isinstance(weight, Dense):
+        return F.linear(x, weight.matrix.to(x.dtype), bias)
+    return linear_packed(x, weight, bias)
