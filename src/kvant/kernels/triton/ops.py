@@ -35,6 +35,8 @@ class TritonOps(ReferenceOps):
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Any = None
     ) -> tuple[Any, Tensor]:
+        if isinstance(reader, weights.RowCodes) and reader.order is None:
+            return norm.rounded_add_rms_norm(x, residual, weight, eps, reader.inputs)
         return norm.add_rms_norm(x, residual, weight, eps)
 
     def rope_write_kv(
