@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,3 +44,76 @@ def multiply_bfloat16(patch: pytest.MonkeyPatch) -> None:
         return dot(self, wide(a), wide(b), *more)
 
     patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def run_assembly(patch: pytest.MonkeyPatch) -> None:
+    """Let PTX be run that takes two elements of 16 bits a register: of the instructions, those in `_run`."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_inline_asm(
+        self: Any, code: str, constraints: str, values: list[Any], types: list[Any], pure: bool, pack: int
+    ) -> Any:
+        assert (constraints, pack, len(types)) == (",".join(["=r", *["r"] * len(values)]), 2, 1)
+        shape = values[0].data.shape
+        registers = {
+            f"${at + 1}": np.ascontiguousarray(value.data).reshape(-1).view(np.uint32)
+            for at, value in enumerate(values)
+        }
+        for line in code.strip(" {}").split(";"):
+            _run(line.replace(",", " ").split(), registers)
+        return SimpleNamespace(
+            get_result=lambda at: TensorHandle(_elements(registers["$0"], types[0]).reshape(shape), types[0].scalar)
+        )
+
+    patch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm)
+
+
+def _elements(register: Any, of: Any) -> Any:
+    return register.view(np.float16 if "fp16" in str(of.scalar) else np.uint16)
+
+
+def _run(words: list[str], registers: dict[str, Any]) -> None:
+    """An instruction on registers of all pairs."""
+    if not words or words[0] == ".reg":
+        return
+    name, to, *operands = words
+    a, *more = (registers[it] if it in registers else np.uint32(int(it, 0)) for it in operands)
+    match name:
+        case "mov.b32":
+            found = a
+        case "shr.u32":
+            found = a >> more[0]
+        case "lop3.b32":
+            b, c, table = more
+            found = np.uint32(0)
+            for at in range(8):
+                if int(table) >> at & 1:
+                    found = found | (a if at & 4 else ~a) & (b if at & 2 else ~b) & (c if at & 1 else ~c)
+        case "fma.rn.f16x2" | "fma.rn.bf16x2":
+            kind = torch.float16 if name.endswith(".f16x2") else torch.bfloat16
+            length = max(np.size(it) for it in (a, *more))
+            x, y, z = (
+                torch.from_numpy(np.broadcast_to(it, length).copy().view(np.int16)).view(kind).double()
+                for it in (a, *more)
+            )
+            found = (x * y + z).to(kind).view(torch.int16).numpy().view(np.uint32)
+        case _:
+            raise NotImplementedError(name)
+    registers[to] = found
+
+
+def patch_what_is_known(patch: pytest.MonkeyPatch) -> None:
+    """Let kernels call their helpers for less: each call looks through all of `triton.language` for what to replace."""
+    from triton.runtime import interpreter
+
+    names: dict[Any, list[str]] = {}
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        if package not in names:
+            names[package] = [name for name, it in inspect.getmembers(package) if interpreter.tl.core.is_builtin(it)]
+        for name in names[package]:
+            member = getattr(package, name)
+            if interpreter.tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    patch.setattr(interpreter, "_patch_builtin", patch_builtin)

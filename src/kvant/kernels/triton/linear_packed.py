@@ -16,7 +16,7 @@ from kvant.kernels.triton.embedding import expanded
 from kvant.kernels.triton.launch import Config, interpreted
 from kvant.kernels.triton.span_codes import codes_less, per_group, zero_points
 from kvant.kernels.triton.sums import finish, leave
-from kvant.kernels.triton.weights import WORDS, SpanCodes
+from kvant.kernels.triton.weights import SPANS, WORDS, SpanCodes
 
 # Tokens from which a matrix that is expanded to 16 bits first is multiplied faster, by cuBLAS.
 _MANY = 512
@@ -38,7 +38,7 @@ def default(m: int, weight: SpanCodes, dtype: torch.dtype) -> Config:
         return EXPAND
     tokens = min(max(16, triton.next_power_of_2(m)), 128)
     rows = 64 if weight.shape[0] <= 64 or tokens == 64 else 128
-    return _config(m, weight, rows, tokens, 128, warps=4, stages=4 if tokens <= 32 else 3)
+    return _config(m, weight, rows, tokens, 128, warps=8 if tokens == 128 else 4, stages=4 if tokens <= 32 else 3)
 
 
 def candidates(m: int, weight: SpanCodes, dtype: torch.dtype) -> list[Config]:
@@ -66,11 +66,11 @@ def _config(
     m: int, weight: SpanCodes, rows: int, tokens: int, depth: int, warps: int, stages: int, programs: int = _PROGRAMS
 ) -> Config:
     """A product of so many rows and tokens a program, `depth` columns at a time, K split for so many programs."""
-    step = max(1, depth // weight.span)
+    step = min(SPANS, depth // weight.span)
     steps = triton.cdiv(triton.cdiv(weight.shape[1], weight.span), step)
     split = min(16, max(1, steps // 4), max(1, programs // triton.cdiv(weight.shape[0], rows))) if m <= tokens else 1
-    # Scaling sums over a group costs less than scaling weights where the sums are few.
-    fold = int(tokens <= 32 and weight.bias is None)
+    # Scaling sums over a group costs less than scaling weights, where there are registers for a second sum or third.
+    fold = int(tokens <= (128 if weight.bias is None else 64))
     return Config({"ROWS": rows, "TOKENS": tokens, "STEP": step, "SPLIT": split, "FOLD": fold}, warps, stages)
 
 
@@ -149,7 +149,6 @@ def _add_piece(
     at = (span + j // WORDS).to(tl.int64)[None, :] * (n * WORDS) + row[:, None] * WORDS + (j % WORDS)[None, :]
     codes = tl.load(words + at, inside[:, None], other=0)
     column = (span + j // WORDS) * (WORDS * PLACES) + j % WORDS
-    some = tl.zeros_like(total)
     for place in tl.static_range(PLACES):
         at_x = x + token.to(tl.int64)[None, :] * x_stride + (column + place * WORDS)[:, None]
         held = (token < m)[None, :]
@@ -163,11 +162,16 @@ def _add_piece(
         value = codes_less(codes, zero, place, TYPE, BITS, ASSEMBLY)
         if FOLD:
             if place % ALIKE == 0:
-                some = tl.dot(value, inputs, input_precision="ieee")
-            else:
-                some = tl.dot(value, inputs, some, input_precision="ieee")
+                some, inputs_sum = tl.zeros_like(total), tl.zeros_like(total)
+            some = tl.dot(value, inputs, some, input_precision="ieee")
+            if biases is not None:
+                # Tensor cores have time for it; a sum over threads would wait.
+                ones = tl.full([row.shape[0], PIECE * WORDS], 1, TYPE)
+                inputs_sum = tl.dot(ones, inputs, inputs_sum, input_precision="ieee")
             if place % ALIKE == ALIKE - 1:
                 total += some * scale[:, None]
+                if biases is not None:
+                    total += inputs_sum * (per_group(biases, group, groups, n, row, inside) + zero * scale)[:, None]
         else:
             wide = value.to(tl.float32) * scale[:, None]
             if biases is not None:

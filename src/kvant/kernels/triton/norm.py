@@ -63,7 +63,7 @@ def rounded_add_rms_norm(
 
 def _rounded_like(x: Tensor) -> Rounded:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return Rounded(codes, x.new_empty(len(x), dtype=torch.float32), x.dtype)
+    return Rounded(codes, torch.empty(len(x), dtype=torch.float32, device=x.device), x.dtype)
 
 
 def _launch(

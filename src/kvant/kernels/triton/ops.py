@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kvant.formats.kv import KVLayer
 from kvant.formats.weight import PackedWeight
-from kvant.kernels.ops import AttentionBatch, AttentionShape
+from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 from kvant.kernels.reference import CPU, ReferenceOps
-from kvant.kernels.triton import attention_decode, embedding, gated, kv_write, linear, norm, weights
+from kvant.kernels.triton import attention_decode, embedding, gated, kv_write, linear, norm, sample, weights
 from kvant.kernels.triton.tuning import Tuning
 
 
@@ -64,3 +64,8 @@ class TritonOps(ReferenceOps):
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         return gated.gated(x, activation)
+
+    def sample(self, logits: Tensor, params: SamplingBatch) -> Tensor:
+        if params.greedy:
+            return sample.greedy(logits)
+        return sample.sample(logits, params.to(logits.device))

@@ -17,12 +17,15 @@ def codes_less(words, zero, PLACE: tl.constexpr, TYPE: tl.constexpr, BITS: tl.co
         codes = ((words >> (BITS * PLACE)) & ((1 << BITS) - 1)).to(tl.float32)
         return (codes - zero[:, None]).to(TYPE)
     elif TYPE == tl.float16:  # noqa: SIM300
-        MASK: tl.constexpr = 0x000F000F if BITS == 4 else 0x00FF00FF
+        # A fraction of 10 bits also holds a code above another: left there, without a shift, it counts 16 times.
+        HIGH: tl.constexpr = BITS == 4 and PLACE % 2 == 1
+        MASK: tl.constexpr = 0x00F000F0 if HIGH else (0x000F000F if BITS == 4 else 0x00FF00FF)
+        STEP: tl.constexpr = 0x2C002C00 if HIGH else 0x3C003C00
         return _asm(
-            f"""{{ .reg .b32 t, one; mov.b32 one, 0x3C003C00; shr.u32 t, $1, {BITS * PLACE};
-            lop3.b32 t, t, {MASK}, 0x64006400, 0xEA; fma.rn.f16x2 $0, t, one, $2; }}""",
+            f"""{{ .reg .b32 t, step; mov.b32 step, {STEP}; shr.u32 t, $1, {BITS * PLACE - 4 * HIGH};
+            lop3.b32 t, t, {MASK}, 0x64006400, 0xEA; fma.rn.f16x2 $0, t, step, $2; }}""",
             words,
-            (-1024 - zero).to(TYPE),
+            ((-64 if HIGH else -1024) - zero).to(TYPE),
         )
     elif BITS == 4:
         return _asm(
