@@ -11,10 +11,10 @@ from torch import Tensor
 from kvant.kernels.triton.input_codes import input_codes
 from kvant.kernels.triton.launch import Config
 from kvant.kernels.triton.norm import Rounded
-from kvant.kernels.triton.sums import finish, leave
+from kvant.kernels.triton.sums import finish, leave, room_for_parts, split_for
 from kvant.kernels.triton.weights import RowCodes
 
-_PROGRAMS = 528  # four on each multiprocessor of an H100 or H200
+_PROGRAMS = 528  # four on each multiprocessor of an H100 or H200, where there is room
 
 
 def key(m: int, weight: RowCodes) -> str:
@@ -43,7 +43,8 @@ def candidates(m: int, weight: RowCodes) -> list[Config]:
 
 def _config(m: int, weight: RowCodes, rows: int, tokens: int, depth: int, warps: int, stages: int) -> Config:
     steps = weight.codes.shape[1] // depth
-    split = min(16, max(1, steps // 4), max(1, _PROGRAMS // triton.cdiv(weight.shape[0], rows))) if m <= tokens else 1
+    blocks = triton.cdiv(m, tokens) * triton.cdiv(weight.shape[0], rows)
+    split = split_for(steps, blocks, _PROGRAMS if tokens <= 64 else _PROGRAMS // 4)
     return Config({"ROWS": rows, "TOKENS": tokens, "DEPTH": depth, "SPLIT": split}, warps, stages)
 
 
@@ -66,11 +67,10 @@ def product(x: Rounded, weight: RowCodes, bias: Tensor | None = None, config: Co
         return out
     codes = F.pad(x.codes, (0, depth - x.codes.shape[1])) if x.codes.shape[1] < depth else x.codes
     config = config or default(m, weight)
-    tokens, split = triton.cdiv(m, config.blocks["TOKENS"]), config.blocks["SPLIT"]
-    if split > 1 and tokens > 1:
-        raise ValueError(f"a sum is split for {m} tokens, more than the {config.blocks['TOKENS']} of one program")
-    parts = torch.empty(split, m, n, dtype=torch.float32, device=out.device) if split > 1 else None
-    _linear[(tokens, triton.cdiv(n, config.blocks["ROWS"]), split)](
+    blocks = config.blocks
+    grid = (triton.cdiv(m, blocks["TOKENS"]), triton.cdiv(n, blocks["ROWS"]), blocks["SPLIT"])
+    parts = room_for_parts(blocks["SPLIT"], out, grid[0] * grid[1], weight.arrivals)
+    _linear[grid](
         codes, x.scales, weight.codes, weight.scale, bias, out, parts, weight.arrivals, m, n, depth, **config.options
     )
     return out
