@@ -53,7 +53,7 @@ def attention_decode(
         pieces = shape.num_kv_heads * triton.cdiv(shape.num_heads // shape.num_kv_heads, ROWS)
         attend_group[(sequences, pieces, splits)](**launch, K_TYPE=k_type, V_TYPE=v_type, ROWS=ROWS)
     else:
-        attend_one[(sequences, shape.num_heads, splits)](**launch)
+        attend_one[(sequences, shape.num_heads, splits)](**launch, EXACT=q.dtype == torch.float32)
     merged = {name: sides[name] for name in _MERGED}
     merge[(sequences, shape.num_heads)](**common, **merged, out=out, SPAN=SINK_SPAN, num_warps=2)
     return out
