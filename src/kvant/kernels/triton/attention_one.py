@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvant.kernels.triton.attention_parts import part_of
+from kvant.kernels.triton.attention_parts import decoded_length, part_of
 from kvant.kernels.triton.kv_centre import centre_scores, centre_terms, turn_speeds
 from kvant.kernels.triton.kv_tiles import (
     capped,
@@ -92,7 +92,8 @@ def attend_one(
 ):  # fmt: skip
     """One query head over the context of its KV head, codes as float32."""
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    low, end, first = part_of(tl.load(lengths + sequence), split, WINDOW, SINKS, TILE, SPLITS)
+    length = decoded_length(starts, lengths, sequence)
+    low, end, first = part_of(length, split, WINDOW, SINKS, TILE, SPLITS)
     if low >= end:
         return
     kv_head = head // (HEADS // KV_HEADS)

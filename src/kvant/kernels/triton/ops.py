@@ -7,8 +7,7 @@ from torch import Tensor
 from kvant.formats.kv import KVLayer
 from kvant.kernels.ops import AttentionBatch, AttentionShape
 from kvant.kernels.reference import ReferenceOps
-from kvant.kernels.triton import gated, norm
-from kvant.kernels.triton.attention_decode import attention_decode
+from kvant.kernels.triton import attention, gated, norm
 
 
 class TritonOps(ReferenceOps):
@@ -23,9 +22,7 @@ class TritonOps(ReferenceOps):
         return norm.add_rms_norm(x, residual, weight, eps)
 
     def attention(self, q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
-        if len(q) == len(batch.context_lens) and shape.head_dim & (shape.head_dim - 1) == 0:
-            return attention_decode(q, cache, batch, shape)
-        return super().attention(q, cache, batch, shape)
+        return attention.attention(q, cache, batch, shape)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         return gated.gated(x, activation)

@@ -1,0 +1,24 @@
+"""Which kernels attend: those for single tokens, those for prompts and chunks of them, or each to its own rows."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kvant.formats.kv import KVLayer
+from kvant.kernels.ops import AttentionBatch, AttentionShape
+from kvant.kernels.triton.attention_decode import attention_decode
+from kvant.kernels.triton.attention_prefill import attention_prefill
+
+
+def attention(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
+    """`kernels.ops.Ops.attention`."""
+    counts = [stop - start for start, stop in pairwise(batch.query_starts)]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if max(counts) > 1:  # first: it leaves anything in the rows of single tokens
+        attention_prefill(q, cache, batch, shape, out, fewest=2)
+    if 1 in counts:
+        attention_decode(q, cache, batch, shape, out)
+    return out
