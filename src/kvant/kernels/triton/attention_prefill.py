@@ -171,10 +171,50 @@ def _tile_of(starts, tile, FEWEST: tl.constexpr, TOKENS: tl.constexpr, SEQUENCES
 
 
 @triton.jit
-def _folded(scores, values, high_values, top, total, low_sum, high_sum, V_KIND: tl.constexpr, V_TYPE: tl.constexpr):
-    """A tile's scores, -inf where hidden, and values added to the softmax so far."""
+def _halves(rows, KIND: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """What `_put_halves` stored in rows, pointers [ROWS, 1]; for other than 4-bit codes all elements twice."""
+    column = tl.arange(0, WIDTH)[None, :]
+    even = tl.load(rows + column, column < width_of(KIND, DIM), 0)
+    odd = tl.load(rows + DIM // 2 + column, column < DIM // 2, 0) if KIND == "u4" else even
+    return even, odd
+
+
+@triton.jit
+def _centred(
+    keys, high_keys, turned, basis, offset,
+    KIND: tl.constexpr, ORDER: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CENTRE_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile's keys with their centre, whose expansion `turned` holds; the tile is at `offset` in the centre's."""
+    tl.static_assert(CENTRE_TILE % TILE == 0)
+    TERMS: tl.constexpr = max(16, triton.next_power_of_2(ORDER))
+    TYPE: tl.constexpr = keys.dtype
+    term, column = tl.arange(0, TERMS), tl.arange(0, WIDTH)[None, :]
+    curves = basis + (offset + tl.arange(0, TILE))[:, None] * ORDER + term[None, :]
+    curve = tl.load(curves, (term < ORDER)[None, :], 0).to(TYPE)
+    rows, inside = turned + term[:, None] * DIM + column, (term < ORDER)[:, None] & (column < width_of(KIND, DIM))
+    keys = tl.dot(curve, tl.load(rows, inside, 0), keys.to(tl.float32), input_precision="ieee").to(TYPE)
+    if KIND == "u4":
+        terms = tl.load(rows + DIM // 2, inside, 0)
+        high_keys = tl.dot(curve, terms, high_keys.to(tl.float32), input_precision="ieee").to(TYPE)
+    return keys, high_keys
+
+
+@triton.jit
+def _folded(
+    even, odd, keys, high_keys, values, high_values, tokens, there, position, top, total, low_sum, high_sum,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, V_TYPE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Tokens, those that are `there`, added to the softmax so far of rows at `position`."""
+    scores = tl.dot(even, tl.trans(keys), input_precision="ieee")
+    if K_KIND == "u4":
+        scores = tl.dot(odd, tl.trans(high_keys), scores, input_precision="ieee")
+    seen = (tokens[None, :] <= position[:, None]) & there[None, :]
+    if WINDOW > 0:
+        seen &= tokens[None, :] > position[:, None] - WINDOW
+    scores = tl.where(seen, capped(scores, SOFTCAP), -float("inf"))
     next_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(next_top == -float("inf"), 0.0, next_top)
+    base = tl.where(next_top == -float("inf"), 0.0, next_top)  # rows that have seen nothing yet
     kept, weights = tl.exp2(top - base), tl.exp2(scores - base[:, None])
     total = total * kept + tl.sum(weights, 1)
     weights = weights.to(V_TYPE)
@@ -232,61 +272,37 @@ def _attend_rows(
     low_sum = tl.zeros([ROWS, V_WIDTH], tl.float32)
     high_sum = tl.zeros([ROWS, V_WIDTH], tl.float32)
     if SINKS > 0:
+        at = ((sequence * KV_HEADS + head) * SINK_ROWS + tl.arange(0, SINK_ROWS))[:, None] * DIM
+        low_keys, high_keys = _halves(sink_keys + at, K_KIND, DIM, K_WIDTH)
+        low_values, high_values = _halves(sink_values + at, V_KIND, DIM, V_WIDTH)
         which = tl.arange(0, SINK_ROWS)
-        at = ((sequence * KV_HEADS + head) * SINK_ROWS + which)[:, None] * DIM
-        keys = tl.load(sink_keys + at + column, column < K_STORED, 0)
-        scores = tl.dot(even, tl.trans(keys), input_precision="ieee")
-        if K_KIND == "u4":
-            keys = tl.load(sink_keys + at + DIM // 2 + column, column < K_STORED, 0)
-            scores = tl.dot(odd, tl.trans(keys), scores, input_precision="ieee")
-        seen = (which[None, :] <= position[:, None]) & (which < SINKS)[None, :]
-        if WINDOW > 0:
-            seen &= which[None, :] > position[:, None] - WINDOW
-        scores = tl.where(seen, capped(scores, SOFTCAP), -float("inf"))
-        low_values = tl.load(sink_values + at + values_at, values_at < V_STORED, 0)
-        high_values = low_values
-        if V_KIND == "u4":
-            high_values = tl.load(sink_values + at + DIM // 2 + values_at, values_at < V_STORED, 0)
         top, total, low_sum, high_sum = _folded(
-            scores, low_values, high_values, top, total, low_sum, high_sum, V_KIND, V_TYPE
-        )
+            even, odd, low_keys, high_keys, low_values, high_values, which, which < SINKS, position, top, total,
+            low_sum, high_sum, K_KIND, V_KIND, V_TYPE, WINDOW, SOFTCAP,
+        )  # fmt: skip
     begin = tl.where(low < end, low // TILE * TILE, end)
     for first in range(begin, end, TILE):
         tokens = first + tl.arange(0, TILE)
         # Tokens outside are taken for the nearest inside, whose vectors are there.
         nearest = tl.minimum(tl.maximum(tokens, low), end - 1)
         blocks, slots = places(table, first, nearest, head, LEAD, BLOCK_SIZE, TILE)
-        low_keys, high_keys = vectors(
+        tile_keys, tile_high_keys = vectors(
             k_codes, k_meta, None, head, blocks, slots, K_KIND, K_STEPS, K_GROUPS, K_CODE_STRIDE, K_META_STRIDE,
             DIM, K_WIDTH, K_TYPE,
         )  # fmt: skip
-        low_values, high_values = vectors(
+        tile_values, tile_high_values = vectors(
             v_codes, v_meta, None, head, blocks, slots, V_KIND, V_STEPS, V_GROUPS, V_CODE_STRIDE, V_META_STRIDE,
             DIM, V_WIDTH, V_TYPE,
         )  # fmt: skip
         if ORDER > 0:
-            tl.static_assert(CENTRE_TILE % TILE == 0)
-            term = tl.arange(0, max(16, triton.next_power_of_2(ORDER)))
-            curve = basis + (first % CENTRE_TILE + tl.arange(0, TILE))[:, None] * ORDER + term[None, :]
-            curve = tl.load(curve, (term < ORDER)[None, :], 0).to(K_TYPE)
-            terms_at = turned + ((first // CENTRE_TILE * KV_HEADS + head) * ORDER + term)[:, None] * DIM + column
-            mask = (term < ORDER)[:, None] & (column < K_STORED)
-            low_keys = tl.dot(curve, tl.load(terms_at, mask, 0), low_keys.to(tl.float32), input_precision="ieee").to(
-                K_TYPE
-            )
-            if K_KIND == "u4":
-                terms = tl.load(terms_at + DIM // 2, mask, 0)
-                high_keys = tl.dot(curve, terms, high_keys.to(tl.float32), input_precision="ieee").to(K_TYPE)
-        scores = tl.dot(even, tl.trans(low_keys), input_precision="ieee")
-        if K_KIND == "u4":
-            scores = tl.dot(odd, tl.trans(high_keys), scores, input_precision="ieee")
-        seen = (tokens[None, :] <= position[:, None]) & (tokens == nearest)[None, :]
-        if WINDOW > 0:
-            seen &= tokens[None, :] > position[:, None] - WINDOW
-        scores = tl.where(seen, capped(scores, SOFTCAP), -float("inf"))
+            tile_keys, tile_high_keys = _centred(
+                tile_keys, tile_high_keys, turned + (first // CENTRE_TILE * KV_HEADS + head) * ORDER * DIM, basis,
+                first % CENTRE_TILE, K_KIND, ORDER, DIM, K_WIDTH, CENTRE_TILE, TILE,
+            )  # fmt: skip
         top, total, low_sum, high_sum = _folded(
-            scores, low_values, high_values, top, total, low_sum, high_sum, V_KIND, V_TYPE
-        )
+            even, odd, tile_keys, tile_high_keys, tile_values, tile_high_values, tokens, tokens == nearest, position,
+            top, total, low_sum, high_sum, K_KIND, V_KIND, V_TYPE, WINDOW, SOFTCAP,
+        )  # fmt: skip
     factor = 1 / total
     if V_STEPS == "static":
         factor *= tl.load(v_scale + head)
