@@ -178,7 +178,7 @@ def _new_model(machine: Machine, setup: Setup) -> Made:
     spec = spec_of(setup.model, machine.small)
     weights, size = decoder_weights(machine, spec, setup.weights, setup.head)
     source: Any = SimpleNamespace(path=Path("random"), config={}, generation={}, metadata={})
-    model = LoadedModel(Decoder(spec, weights, machine.ops), source, torch.bfloat16, (), None)
+    model = LoadedModel(Decoder(spec, weights, machine.ops), source, machine.dtype, (), None)
     return Made(model, size)
 
 
@@ -190,7 +190,7 @@ def _core(machine: Machine, model: LoadedModel, setup: Setup, requests: Sequence
     plan = KVPlan(setup.kv, (layer,) * len(spec.layers))
     longest = max(max(request.prompt + request.output for request in requests), 64)
     settings: dict[str, Any] = {
-        "dtype": "bfloat16",
+        "dtype": str(machine.dtype).removeprefix("torch."),
         "kv_cache_dtype": setup.kv,
         "max_model_len": longest + 1,
         "max_num_seqs": len(requests),

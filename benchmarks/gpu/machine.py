@@ -59,15 +59,20 @@ class Machine:
         return self.device.type == "cuda"
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of activations. Triton's interpreter multiplies bfloat16 as if it were integers."""
+        return torch.bfloat16 if self.cuda else torch.float16
+
+    @property
     def l2_bytes(self) -> int:
         """Of the card's last cache: what is read again within so much is not read from memory."""
         if not self.cuda:
             return 0
         return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)) or _USUAL_L2
 
-    def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Normally distributed; never zeros, which make cards run faster."""
-        return torch.randn(*shape, dtype=torch.float32, device=self.device).to(dtype)
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normally distributed, of the activations' type; never zeros, which make cards run faster."""
+        return torch.randn(*shape, dtype=torch.float32, device=self.device).to(dtype or self.dtype)
 
     def random_bytes(self, *shape: int) -> Tensor:
         """[*shape] uint8."""
