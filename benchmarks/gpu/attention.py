@@ -11,14 +11,14 @@ import torch
 from gpu.case import Case
 from gpu.machine import Machine
 from gpu.scenes import Heads, filled_scene
-from gpu.shapes import spec_of
+from gpu.shapes import kv_formats, spec_of
 from gpu.timing import rotated
 from gpu.workload import Workload, timed
 from kvant.formats.kv import KV_FORMATS, KVShape
 from kvant.kernels.ops import AttentionShape
 from kvant.models.layers import attention_shape
 
-MAIN = ("bf16", "int8", "int4")
+MAIN = kv_formats(small=False)
 OTHERS = ("k8v4", "int8_plain", "int4_plain", "int8_pertoken", "int8_pertensor", "fp8_e4m3")
 
 
@@ -61,7 +61,7 @@ def cases(small: bool) -> list[Case]:
 
 def _points(small: bool) -> Iterator[tuple[str, str, Step]]:
     if small:
-        yield from (("llama-2-7b", f, step) for f in MAIN for step in _SMALL)
+        yield from (("llama-2-7b", f, step) for f in kv_formats(small) for step in _SMALL)
         return
     models = ("llama-2-7b", "llama-3-8b")
     yield from ((model, f, TARGET) for model in models for f in MAIN)
@@ -93,7 +93,7 @@ def _flops(lengths: Sequence[tuple[int, int]], shape: AttentionShape) -> int:
 
 def write_cases(small: bool) -> list[Case]:
     """Rotating and writing, in each format."""
-    formats = MAIN if small else (*MAIN, *OTHERS)
+    formats = kv_formats(small) if small else (*MAIN, *OTHERS)
     return [
         Case(
             "small",

@@ -18,7 +18,7 @@ from gpu.case import Case
 from gpu.lengths import Lengths, chat_lengths
 from gpu.machine import Machine
 from gpu.scenes import BLOCK_SIZE, made_up_plan, plan_on
-from gpu.shapes import CONFIGS, spec_of
+from gpu.shapes import CONFIGS, kv_formats, spec_of
 from gpu.weights import decoder_weights
 from kvant.cache.blocks import Paging
 from kvant.config import EngineConfig, SamplingParams
@@ -28,7 +28,6 @@ from kvant.formats.kv import KVPlan
 from kvant.models.decoder import Decoder
 from kvant.weights.load import LoadedModel
 
-MAIN = ("bf16", "int8", "int4")
 BATCHES = (1, 4, 16, 32, 64, 100)  # with 1024 new tokens each
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # of one sequence
 POOLS = (4, 16)  # GiB for the KV cache, whatever its format
@@ -66,9 +65,10 @@ def cases(small: bool) -> list[Case]:
 
 def _decode_cases(small: bool) -> Iterator[Case]:
     models = ("llama-2-7b", "qwen-7b") if small else tuple(CONFIGS)
-    setups = [Setup(model, weights, "bf16") for model in models for weights in ("w4", "bf16")]
+    plain, *few = kv_formats(small)
+    setups = [Setup(model, weights, plain) for model in models for weights in ("w4", "bf16")]
     if not small:
-        setups[1:1] = [Setup("llama-2-7b", "w4", kv) for kv in MAIN[1:]]
+        setups[1:1] = [Setup("llama-2-7b", "w4", kv) for kv in few]
         setups.append(Setup("llama-2-7b", "w4", "bf16", head="w8"))
     for setup in setups:
         yield Case("engine", {"what": "decode", **setup.tags}, partial(decode, setup), 45)
@@ -76,7 +76,7 @@ def _decode_cases(small: bool) -> Iterator[Case]:
 
 def _throughput_cases(small: bool) -> Iterator[Case]:
     for model, pool in (("llama-2-7b", POOLS[0]), ("llama-2-7b", POOLS[1]), ("llama-3-8b", POOLS[0])):
-        for kv in MAIN:
+        for kv in kv_formats(small):
             setup = Setup(model, "w4", kv)
             if not small or (model, pool) == ("llama-2-7b", POOLS[0]):
                 tags = {"what": "throughput", **setup.tags, "pool_gib": pool}

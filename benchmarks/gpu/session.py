@@ -49,8 +49,9 @@ def main() -> None:
         _append(results, machine, args.run, "environment", "environment", {}, {"figures": machine.describe()})
     only, again = (tuple(filter(None, text.split(","))) for text in (args.only, args.again))
     cases = [case for case in all_cases(args.small) if case.stage in (only or STAGES)]
-    stage = ""
-    for case in left_to_do(cases, results, machine, args.run, again):
+    stage, left = "", left_to_do(cases, results, machine, args.run, again)
+    print(f"{len(left)} of {len(cases)} cases are to be measured on {machine.card}", flush=True)
+    for case in left:
         if time.time() + (0 if args.small else case.seconds) > args.deadline:
             continue
         if case.stage != stage:

@@ -164,7 +164,7 @@ def _fields(batch):
 @pytest.mark.parametrize("op", ["linear", "attention", "rope_write_kv", "sample"])
 def test_the_checks_see_small_mistakes(op):
     cases = [c for c in (*correctness.cases(True), *correctness_kv.cases(True)) if c.tags["op"] == op]
-    cases = [c for c in cases if c.tags.get("format") in (None, "bf16", "int4", "w4")]
+    cases = [c for c in cases if c.tags.get("format") in (None, "fp16", "int4", "w4")]
     assert all(one.run(machine())["right"] for one in cases)
     assert not any(one.run(machine(Wrong()))["right"] for one in cases)
 
