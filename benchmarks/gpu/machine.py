@@ -45,13 +45,13 @@ class Machine:
     def here(cls, small: bool) -> Machine:
         """The first card, or the CPU where there is none."""
         cuda = torch.cuda.is_available()
+        device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         ops: Ops = ReferenceOps()
         if launch.runs_here():
             from kvant.kernels.triton.ops import TritonOps
 
-            ops = TritonOps()
-        card = torch.cuda.get_device_name(0) if cuda else f"cpu {ops.name}"
-        return cls(torch.device("cuda" if cuda else "cpu"), card, ops, small)
+            ops = TritonOps(device) if cuda else TritonOps()
+        return cls(device, torch.cuda.get_device_name(device) if cuda else f"cpu {ops.name}", ops, small)
 
     @property
     def cuda(self) -> bool:
