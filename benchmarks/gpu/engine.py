@@ -70,6 +70,7 @@ def _decode_cases(small: bool) -> Iterator[Case]:
     if not small:
         setups[1:1] = [Setup("llama-2-7b", "w4", kv) for kv in few]
         setups.append(Setup("llama-2-7b", "w4", "bf16", head="w8"))
+        setups += [Setup("llama-2-7b", weights, "bf16") for weights in ("w8", "w8a8")]
     for setup in setups:
         yield Case("engine", {"what": "decode", **setup.tags}, partial(decode, setup), 45)
 
@@ -103,7 +104,7 @@ def decode(setup: Setup, machine: Machine) -> Mapping[str, Any]:
     """One sequence from a prompt of one token: 512 new ones a second."""
     new = 5 if machine.small else 512
     made = _make(machine, setup)
-    core = _core(machine, made.model, setup, [Lengths(1, new)])
+    core = core_of(machine, made.model, setup.kv, [Lengths(1, new)])
     run_requests(core, [Lengths(1, min(new, 16))])  # compiles and captures what the steps launch
     served = run_requests(core, [Lengths(1, new)])
     return {
@@ -130,7 +131,7 @@ def throughput(setup: Setup, pool_gib: int, machine: Machine) -> Mapping[str, An
     requests = chat_lengths(6, shrink=40) if machine.small else chat_lengths(128 * pool_gib if pool_gib < 8 else 1024)
     made = _make(machine, setup)
     pool = 1 << 20 if machine.small else pool_gib << 30
-    core = _core(machine, made.model, setup, requests, kv_cache_memory=pool, max_num_seqs=512)
+    core = core_of(machine, made.model, setup.kv, requests, kv_cache_memory=pool, max_num_seqs=512)
     run_requests(core, [Lengths(8, 4)] * 3)
     served = run_requests(core, requests, while_queued=True)
     return {
@@ -150,7 +151,7 @@ def memory(setup: Setup, batch: int, new: int, machine: Machine) -> Mapping[str,
     batch, new = (3, 4) if machine.small else (batch, new)
     made = _make(machine, setup)
     requests = [Lengths(1, new - 1)] * batch  # together `new` tokens in the cache
-    core = _core(machine, made.model, setup, requests)
+    core = core_of(machine, made.model, setup.kv, requests)
     machine.tidy()  # what finding the free memory took
     if machine.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -177,21 +178,25 @@ def _make(machine: Machine, setup: Setup) -> Made:
 def _new_model(machine: Machine, setup: Setup) -> Made:
     spec = spec_of(setup.model, machine.small)
     weights, size = decoder_weights(machine, spec, setup.weights, setup.head)
+    return Made(model_of(machine, Decoder(spec, weights, machine.ops)), size)
+
+
+def model_of(machine: Machine, decoder: Decoder) -> LoadedModel:
+    """A decoder as an engine takes it; there is no checkpoint."""
     source: Any = SimpleNamespace(path=Path("random"), config={}, generation={}, metadata={})
-    model = LoadedModel(Decoder(spec, weights, machine.ops), source, machine.dtype, (), None)
-    return Made(model, size)
+    return LoadedModel(decoder, source, machine.dtype, (), None)
 
 
-def _core(machine: Machine, model: LoadedModel, setup: Setup, requests: Sequence[Lengths], **different: Any) -> Core:
+def core_of(machine: Machine, model: LoadedModel, kv: str, requests: Sequence[Lengths], **different: Any) -> Core:
     """An engine with room for these requests at once, unless told otherwise."""
     machine.tidy()
     spec = model.spec
-    layer = plan_on(machine, made_up_plan(setup.kv, spec.num_kv_heads, spec.head_dim))
-    plan = KVPlan(setup.kv, (layer,) * len(spec.layers))
+    layer = plan_on(machine, made_up_plan(kv, spec.num_kv_heads, spec.head_dim))
+    plan = KVPlan(kv, (layer,) * len(spec.layers))
     longest = max(max(request.prompt + request.output for request in requests), 64)
     settings: dict[str, Any] = {
         "dtype": str(machine.dtype).removeprefix("torch."),
-        "kv_cache_dtype": setup.kv,
+        "kv_cache_dtype": kv,
         "max_model_len": longest + 1,
         "max_num_seqs": len(requests),
         "max_num_batched_tokens": _CHUNK,

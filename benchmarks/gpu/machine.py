@@ -28,6 +28,7 @@ class Machine:
     Attributes:
         card: as the driver names it; on a CPU, what computes there.
         small: miniatures, and few of them: everything runs, nothing is measured.
+        dtype: of activations; bfloat16 on a card, which Triton's interpreter multiplies as if it were integers.
         rotates: whether calls are measured on inputs that no cache holds; see `timing.rotated`.
         kept: the one large thing that several cases in a row use, and what it is.
         tuned: the (op, key) pairs whose configurations are known, and not to be measured again.
@@ -37,6 +38,7 @@ class Machine:
     card: str
     ops: Ops
     small: bool
+    dtype: torch.dtype = torch.float16
     rotates: bool = True
     kept: dict[Hashable, Any] = field(default_factory=dict)
     tuned: set[tuple[str, str]] = field(default_factory=set)
@@ -51,17 +53,13 @@ class Machine:
             from kvant.kernels.triton.ops import TritonOps
 
             ops = TritonOps(device) if cuda else TritonOps()
-        return cls(device, torch.cuda.get_device_name(device) if cuda else f"cpu {ops.name}", ops, small)
+        card = torch.cuda.get_device_name(device) if cuda else f"cpu {ops.name}"
+        return cls(device, card, ops, small, torch.bfloat16 if cuda else torch.float16)
 
     @property
     def cuda(self) -> bool:
         """Whether there is a card."""
         return self.device.type == "cuda"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of activations. Triton's interpreter multiplies bfloat16 as if it were integers."""
-        return torch.bfloat16 if self.cuda else torch.float16
 
     @property
     def l2_bytes(self) -> int:

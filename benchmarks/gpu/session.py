@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu import attention, ceilings, correctness, correctness_kv, engine, linear, small_ops, tune
+from gpu import attention, ceilings, correctness, correctness_engine, correctness_kv, engine, linear, small_ops, tune
 from gpu.case import STAGES, Case
 from gpu.machine import Machine
 from gpu.results import Results
@@ -17,7 +17,7 @@ from gpu.results import Results
 
 def all_cases(small: bool) -> list[Case]:
     """In the order of their worth."""
-    makers = (correctness, correctness_kv, ceilings, attention, linear, small_ops, tune, engine)
+    makers = (correctness, correctness_kv, correctness_engine, ceilings, attention, linear, small_ops, tune, engine)
     found = [case for maker in makers for case in maker.cases(small)]
     return sorted(found, key=lambda case: STAGES.index(case.stage))
 

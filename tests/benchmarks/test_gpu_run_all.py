@@ -13,7 +13,19 @@ from types import ModuleType
 import pytest
 import torch
 
-from gpu import attention, case, correctness, correctness_kv, engine, linear, run_all, session, svg, tune
+from gpu import (
+    attention,
+    case,
+    correctness,
+    correctness_engine,
+    correctness_kv,
+    engine,
+    linear,
+    run_all,
+    session,
+    svg,
+    tune,
+)
 from gpu.checks import compare
 from gpu.lengths import Lengths, chat_lengths
 from gpu.machine import Machine
@@ -161,9 +173,10 @@ def _fields(batch):
     return {name: getattr(batch, name) for name in type(batch).__dataclass_fields__}
 
 
-@pytest.mark.parametrize("op", ["linear", "attention", "rope_write_kv", "sample"])
+@pytest.mark.parametrize("op", ["linear", "attention", "rope_write_kv", "sample", "engine"])
 def test_the_checks_see_small_mistakes(op):
-    cases = [c for c in (*correctness.cases(True), *correctness_kv.cases(True)) if c.tags["op"] == op]
+    makers = (correctness, correctness_kv, correctness_engine)
+    cases = [c for maker in makers for c in maker.cases(True) if c.tags["op"] == op]
     cases = [c for c in cases if c.tags.get("format") in (None, "fp16", "int4", "w4")]
     assert all(one.run(machine())["right"] for one in cases)
     assert not any(one.run(machine(Wrong()))["right"] for one in cases)
@@ -337,7 +350,7 @@ def test_chats_have_the_lengths_they_should():
 def test_serving_while_requests_wait_leaves_nothing_behind():
     here = machine()
     made = engine._make(here, engine.Setup("llama-2-7b", "w4", "int8"))
-    core = engine._core(here, made.model, engine.Setup("llama-2-7b", "w4", "int8"), [Lengths(3, 9)] * 2)
+    core = engine.core_of(here, made.model, "int8", [Lengths(3, 9)] * 2)
     served = engine.run_requests(core, [Lengths(3, 20)] * 5, while_queued=True)
     assert 0 < served.tokens < 100
     assert not core.has_work()
