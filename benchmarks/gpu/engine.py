@@ -72,7 +72,8 @@ def _decode_cases(small: bool) -> Iterator[Case]:
         setups.append(Setup("llama-2-7b", "w4", "bf16", head="w8"))
         setups += [Setup("llama-2-7b", weights, "bf16") for weights in ("w8", "w8a8")]
     for setup in setups:
-        yield Case("engine", {"what": "decode", **setup.tags}, partial(decode, setup), 45)
+        target = setup == Setup("llama-2-7b", "w4", plain)
+        yield Case("engine", {"what": "decode", **setup.tags}, partial(decode, setup), 45, target=target)
 
 
 def _throughput_cases(small: bool) -> Iterator[Case]:
@@ -81,7 +82,8 @@ def _throughput_cases(small: bool) -> Iterator[Case]:
             setup = Setup(model, "w4", kv)
             if not small or (model, pool) == ("llama-2-7b", POOLS[0]):
                 tags = {"what": "throughput", **setup.tags, "pool_gib": pool}
-                yield Case("engine", tags, partial(throughput, setup, pool), 90)
+                target = (model, pool) == ("llama-2-7b", POOLS[0])
+                yield Case("engine", tags, partial(throughput, setup, pool), 90, target=target)
 
 
 def _memory_cases(small: bool) -> Iterator[Case]:
@@ -91,7 +93,8 @@ def _memory_cases(small: bool) -> Iterator[Case]:
     for weights, kv, batch in points[:2] if small else points:
         setup = Setup("qwen-7b", weights, kv)
         tags = {"what": "memory", **setup.tags, "batch": batch, "new": 1024}
-        yield Case("engine", tags, partial(memory, setup, batch, 1024), 60)
+        target = (weights, kv, batch) in first
+        yield Case("engine", tags, partial(memory, setup, batch, 1024), 60, target=target)
     for weights, kv in () if small else pairs:
         for length in LENGTHS:
             if length != 1024:  # it is among the batches

@@ -19,7 +19,7 @@ def all_cases(small: bool) -> list[Case]:
     """In the order of their worth."""
     makers = (correctness, correctness_kv, correctness_engine, ceilings, attention, linear, small_ops, tune, engine)
     found = [case for maker in makers for case in maker.cases(small)]
-    return sorted(found, key=lambda case: STAGES.index(case.stage))
+    return sorted(found, key=lambda case: case.rank)
 
 
 def left_to_do(cases: Sequence[Case], results: Results, machine: Machine, run: str, again: Sequence[str]) -> list[Case]:

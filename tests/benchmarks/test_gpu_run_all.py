@@ -20,7 +20,6 @@ from gpu import (
     correctness_engine,
     correctness_kv,
     engine,
-    linear,
     run_all,
     session,
     svg,
@@ -358,6 +357,9 @@ def test_serving_while_requests_wait_leaves_nothing_behind():
     assert (whole.tokens, whole.finished) == (20, 5)
 
 
-def test_linear_points_of_the_targets_come_first():
-    first = [(fmt, rows) for _, _, fmt, rows in linear.points(small=False)][:16]
-    assert set(first) == {(fmt, rows) for fmt in ("cublas", "w4") for rows in (1, 16)}
+def test_what_targets_need_comes_before_the_rest():
+    order = [one for one in session.all_cases(small=False) if one.stage not in case.FIRST]
+    wanted = [one.target for one in order]
+    assert wanted == sorted(wanted, reverse=True)
+    count = {stage: sum(one.target for one in order if one.stage == stage) for stage in case.STAGES}
+    assert (count["attention"], count["linear"], count["engine"]) == (6, 16, 6)
