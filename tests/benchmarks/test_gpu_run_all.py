@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -334,6 +335,7 @@ def test_pictures_hold_all_series():
     picture = svg.lines("a < b", {"one": [(1, 2.0), (16, 4.0)], "two": [(1, 1.0)]}, "rows", "%")
     assert picture.count("<polyline") == 2
     assert "a &lt; b" in picture
+    ElementTree.fromstring(picture)
     assert svg.bars("t", [("x", 1.0), ("y", 0.0)], "%", 2.0).count("<rect") == 3
 
 
