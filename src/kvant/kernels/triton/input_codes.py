@@ -17,7 +17,7 @@ def input_codes(x: Tensor, inputs: InputCodes, columns: int) -> Rounded:
     codes = torch.empty(x.shape[0], columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     _launch(x, inputs, codes, scale)
-    return Rounded(codes, scale)
+    return Rounded(codes, scale, x.dtype)
 
 
 def rounded_inputs(x: Tensor, inputs: InputCodes) -> Tensor:

@@ -52,16 +52,13 @@ def linear_int8(x: Tensor, weight: RowCodes, bias: Tensor | None = None, config:
     """`Ops.linear`: x [M, K] is rounded to 8 bits, a scale a token -> [M, N] in its dtype."""
     if weight.order is not None:
         x = x.index_select(1, weight.order)
-    rounded = input_codes(x, weight.inputs, weight.codes.shape[1])
-    return product(rounded, weight, x.dtype, bias, config)
+    return product(input_codes(x, weight.inputs, weight.codes.shape[1]), weight, bias, config)
 
 
-def product(
-    x: Rounded, weight: RowCodes, dtype: torch.dtype, bias: Tensor | None = None, config: Config | None = None
-) -> Tensor:
-    """x W^T + bias in `dtype`, [M, N]: of inputs [M, K] that are codes already, ordered as the weight's columns."""
+def product(x: Rounded, weight: RowCodes, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+    """x W^T + bias [M, N] of inputs [M, K] that are codes already, ordered as the weight's columns."""
     (m, _), (n, depth) = x.codes.shape, weight.codes.shape
-    out = torch.empty(m, n, dtype=dtype, device=x.codes.device)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.codes.device)
     if m == 0:
         return out
     codes = F.pad(x.codes, (0, depth - x.codes.shape[1])) if x.codes.shape[1] < depth else x.codes

@@ -16,7 +16,7 @@ SPANS = 4  # the number of spans is a multiple of it, so that a loop over K may 
 ROW_PADDING = 128  # bytes: what the columns of `RowCodes` are a multiple of
 _SMALLEST_GROUP = 16
 _LEAST_ARRIVALS = 64
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, eq=False)
