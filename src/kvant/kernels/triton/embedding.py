@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvant.kernels.triton.span_codes import codes_less, per_group, zero_points
+from kvant.kernels.triton.span_codes import codes_less, of_group
 from kvant.kernels.triton.weights import WORDS, Dense, RowCodes, SpanCodes, TritonWeight
 
 _ROWS = 16
@@ -60,13 +60,15 @@ def _rows(
     for place in tl.static_range(PLACES):
         column = (span * PLACES + place) * WORDS + j
         group = (span * PLACES + place) * WORDS // GROUP
-        scale = per_group(scales, group, groups, n, source, inside)
+        scale = of_group(scales, group, groups, n, source, inside).to(tl.float32)
+        zero = tl.full([ROWS], 1 << (BITS - 1), tl.float32)
+        if zeros is not None:
+            zero = of_group(zeros, group, groups, n, source, inside).to(tl.float32)
+        elif biases is not None:
+            zero = tl.zeros_like(scale)
+        values = codes_less(packed, zero, place, tl.float32, BITS, False) * scale[:, None]
         if biases is not None:
-            codes = codes_less(packed, tl.zeros_like(scale), place, tl.float32, BITS, False)
-            values = codes * scale[:, None] + per_group(biases, group, groups, n, source, inside)[:, None]
-        else:
-            zero = zero_points(zeros, scale, group, groups, n, source, inside, BITS)
-            values = codes_less(packed, zero, place, tl.float32, BITS, False) * scale[:, None]
+            values += of_group(biases, group, groups, n, source, inside).to(tl.float32)[:, None]
         held = column < k
         target = column if order is None else tl.load(order + column, held, other=0)
         to = out + row.to(tl.int64)[:, None] * k + target[None, :]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvant.kernels.triton.embedding import expanded
 from kvant.kernels.triton.launch import Config, interpreted
-from kvant.kernels.triton.span_codes import codes_less, per_group, zero_points
+from kvant.kernels.triton.span_codes import codes_less, of_group
 from kvant.kernels.triton.sums import finish, leave, room_for_parts, split_for
 from kvant.kernels.triton.weights import SPANS, WORDS, SpanCodes
 
@@ -29,12 +29,13 @@ EXPAND = Config({"EXPAND": 1})
 
 
 def key(m: int, weight: SpanCodes, dtype: torch.dtype) -> str:
-    """What the best configuration depends on: "m16 n4096 k4096 int4 g128 zero float16"; m is the next power of two."""
-    n, k = weight.shape
+    """What the best configuration depends on: "m16 n4096 k4096 int4 g128 zero float16".
+
+    m is 1, or the next power of two from 16 on.
+    """
+    (n, k), group, name = weight.shape, min(weight.group, weight.shape[1]), str(dtype).removeprefix("torch.")
     kind = "bias" if weight.bias is not None else "symmetric" if weight.zero is None else "zero"
-    return (
-        f"m{_tokens(m)} n{n} k{k} int{weight.bits} g{min(weight.group, k)} {kind} {str(dtype).removeprefix('torch.')}"
-    )
+    return f"m{_tokens(m) if m > 1 else 1} n{n} k{k} int{weight.bits} g{group} {kind} {name}"
 
 
 def default(m: int, weight: SpanCodes, dtype: torch.dtype) -> Config:
@@ -42,25 +43,25 @@ def default(m: int, weight: SpanCodes, dtype: torch.dtype) -> Config:
     if m > (_MANY_IN_FLOAT32 if dtype == torch.float32 else _MANY):
         return EXPAND
     tokens = min(_tokens(m), 128)
-    if tokens == 128:
-        return _config(m, weight, 128, tokens, 128, 8, 3)
-    rows = 64 if weight.shape[0] <= 64 or tokens == 64 or (tokens == 32 and weight.bias is not None) else 128
-    return _config(m, weight, rows, tokens, 128, 4, 4 if tokens <= 32 else 3)
+    if tokens <= 32:
+        # Two warps: on Hopper, too, tensor cores are then asked in the old way, that waits for less.
+        return _config(m, weight, 64, tokens, 128, 2, 4)
+    return _config(m, weight, 64, 64, 128, 4, 3) if tokens == 64 else _config(m, weight, 128, 128, 128, 8, 3)
 
 
 def candidates(m: int, weight: SpanCodes, dtype: torch.dtype) -> list[Config]:
     """What is worth a measurement."""
     found, tokens = [default(m, weight, dtype)], _tokens(m)
     if tokens <= 64:
-        loops, warps = ((128, 3), (128, 5), (256, 3)), 8 if tokens == 64 else 4
+        tiles, loops = [(64, 2), (64, 4), (128, 8 if tokens == 64 else 4)], [(128, 3), (128, 5), (256, 3)]
         found += [
-            _config(m, weight, rows, tokens, depth, warps if rows == 128 else 4, stages, each)
-            for rows, (depth, stages), each in product((64, 128), loops, (2, 3, 6))
+            _config(m, weight, rows, tokens, depth, warps, stages, each)
+            for (rows, warps), (depth, stages), each in product(tiles, loops, (3, 8))
         ]
     else:
-        tiles = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (64, 128, 128, 4, 3), (128, 128, 128, 8, 3)]
-        tiles += [(128, 128, 64, 8, 4), (128, 256, 64, 8, 3)]
-        found += [EXPAND, *(_config(m, weight, *tile, each) for tile, each in product(tiles, (1, 2)))]
+        larger = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (64, 128, 128, 4, 3), (128, 128, 128, 8, 3)]
+        larger += [(128, 128, 64, 8, 4), (128, 256, 64, 8, 3)]
+        found += [EXPAND, *(_config(m, weight, *tile, each) for tile, each in product(larger, (1, 2)))]
         found += [replace(one, blocks={**one.blocks, "FOLD": 0}) for one in found if one.blocks.get("FOLD")]
     return [config for at, config in enumerate(found) if config not in found[:at]]
 
@@ -79,7 +80,7 @@ def _config(
     step = min(SPANS, depth // weight.span)
     steps = triton.cdiv(triton.cdiv(weight.shape[1], weight.span), step)
     blocks = triton.cdiv(m, tokens) * triton.cdiv(weight.shape[0], rows)
-    each = each or (3 if tokens <= 32 else 2 if tokens == 64 else 1)
+    each = each or (8 if tokens <= 32 else 2 if tokens == 64 else 1)
     # Scaling sums over a group costs less than scaling weights, where there are registers for a second sum or third.
     fold = int(tokens <= (128 if weight.bias is None else 64))
     split = split_for(steps, blocks, each * _MULTIPROCESSORS)
@@ -104,7 +105,6 @@ def _in_order(x: Tensor, weight: SpanCodes) -> Tensor:
 
 
 def _launch(x: Tensor, weight: SpanCodes, bias: Tensor | None, config: Config) -> Tensor:
-    (m, k), n, blocks = x.shape, weight.shape[0], config.blocks
     (m, k), n, blocks = x.shape, weight.shape[0], config.blocks
     grid = (triton.cdiv(m, blocks["TOKENS"]), triton.cdiv(n, blocks["ROWS"]), blocks["SPLIT"])
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -134,13 +134,22 @@ def _linear(
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row, part = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(2)
     steps = tl.cdiv(tl.cdiv(k, SPAN), STEP)
+    first, last = steps * part // SPLIT, steps * (part + 1) // SPLIT
+    # What scales the sums of a step is loaded a step ahead. Triton does so for operands of products only; and those may
+    # not be carried over, or it multiplies from shared memory.
+    AHEAD: tl.constexpr = FOLD and GROUP >= STEP * SPAN
+    scale, offset = _of_group(scales, biases, first * STEP * SPAN // GROUP, groups, n, row)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for step in range(steps * part // SPLIT, steps * (part + 1) // SPLIT):
+    for step in range(first, last):
+        next_scale, next_offset = scale, offset
+        if AHEAD:
+            next_scale, next_offset = _of_group(scales, biases, (step + 1) * STEP * SPAN // GROUP, groups, n, row)
         for piece in tl.static_range(STEP // PIECE):
             total = _add_piece(
-                total, step * STEP + piece * PIECE, x, words, scales, zeros, biases, row, token, m, n, k, x_stride,
-                groups, BITS, GROUP, WORDS, ASSEMBLY, EVEN, PIECE, FOLD,
+                total, step * STEP + piece * PIECE, x, words, scales, zeros, biases, scale, offset, row, token,
+                m, n, k, x_stride, groups, BITS, GROUP, WORDS, ASSEMBLY, EVEN, PIECE, FOLD, AHEAD,
             )  # fmt: skip
+        scale, offset = next_scale, next_offset
     if SPLIT > 1:
         leave(total, parts, arrivals, bias, out, row, token, m, n, SPLIT)
     else:
@@ -148,18 +157,26 @@ def _linear(
 
 
 @triton.jit
+def _of_group(scales, biases, group, groups, n, row):
+    """The scale and the bias of rows in a group as they are stored; anything for a bias that is not."""
+    scale = of_group(scales, group, groups, n, row, row < n)
+    offset = scale if biases is None else of_group(biases, group, groups, n, row, row < n)
+    return scale, offset
+
+
+@triton.jit
 def _add_piece(
-    total, span, x, words, scales, zeros, biases, row, token, m, n, k, x_stride, groups,
+    total, span, x, words, scales, zeros, biases, scale, offset, row, token, m, n, k, x_stride, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,
-    EVEN: tl.constexpr, PIECE: tl.constexpr, FOLD: tl.constexpr,
+    EVEN: tl.constexpr, PIECE: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """total + W x^T over PIECE spans from `span` on."""
+    """total + W x^T over PIECE spans from `span` on; scale and offset are theirs if AHEAD, and loaded here if not."""
     PLACES: tl.constexpr = 16 // BITS
     ALIKE: tl.constexpr = min(PLACES, GROUP // WORDS)  # places that share a scale
     TYPE: tl.constexpr = x.dtype.element_ty
-    inside, j = row < n, tl.arange(0, PIECE * WORDS)
+    j = tl.arange(0, PIECE * WORDS)
     at = (span + j // WORDS).to(tl.int64)[None, :] * (n * WORDS) + row[:, None] * WORDS + (j % WORDS)[None, :]
-    codes = tl.load(words + at, inside[:, None], other=0)
+    codes = tl.load(words + at, (row < n)[:, None], other=0)
     column = (span + j // WORDS) * (WORDS * PLACES) + j % WORDS
     for place in tl.static_range(PLACES):
         at_x = x + token.to(tl.int64)[None, :] * x_stride + (column + place * WORDS)[:, None]
@@ -169,8 +186,12 @@ def _add_piece(
         inputs = tl.load(at_x, held, other=0.0)
         if place % ALIKE == 0:
             group = (span * PLACES + place) * WORDS // GROUP
-            scale = per_group(scales, group, groups, n, row, inside)
-            zero = zero_points(zeros, scale, group, groups, n, row, inside, BITS)
+            if not AHEAD:
+                scale, offset = _of_group(scales, biases, group, groups, n, row)
+            factor, zero = scale.to(tl.float32), tl.full(row.shape, 1 << (BITS - 1), tl.float32)
+            if zeros is not None:
+                zero = of_group(zeros, group, groups, n, row, row < n).to(tl.float32)
+            more = offset.to(tl.float32) + zero * factor
         value = codes_less(codes, zero, place, TYPE, BITS, ASSEMBLY)
         if FOLD:
             if place % ALIKE == 0:
@@ -181,12 +202,12 @@ def _add_piece(
                 ones = tl.full([row.shape[0], PIECE * WORDS], 1, TYPE)
                 inputs_sum = tl.dot(ones, inputs, inputs_sum, input_precision="ieee")
             if place % ALIKE == ALIKE - 1:
-                total += some * scale[:, None]
+                total += some * factor[:, None]
                 if biases is not None:
-                    total += inputs_sum * (per_group(biases, group, groups, n, row, inside) + zero * scale)[:, None]
+                    total += inputs_sum * more[:, None]
         else:
-            wide = value.to(tl.float32) * scale[:, None]
+            wide = value.to(tl.float32) * factor[:, None]
             if biases is not None:
-                wide += (per_group(biases, group, groups, n, row, inside) + zero * scale)[:, None]
+                wide += more[:, None]
             total = tl.dot(wide.to(TYPE), inputs, total, input_precision="ieee")
     return total

@@ -52,15 +52,6 @@ def _asm(CODE: tl.constexpr, words, less):
 
 
 @triton.jit
-def per_group(values, group, groups, n, rows, inside):
-    """What [groups, n] values say of these rows in a group, as float32; behind the last group, the last."""
-    return tl.load(values + tl.minimum(group, groups - 1) * n + rows, inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def zero_points(zeros, scale, group, groups, n, rows, inside, BITS: tl.constexpr):
-    """The zero points of rows in a group, as `scale` has them; zeros may be None."""
-    if zeros is None:
-        return tl.full(scale.shape, 1 << (BITS - 1), tl.float32)
-    else:
-        return per_group(zeros, group, groups, n, rows, inside)
+def of_group(values, group, groups, n, rows, inside):
+    """What [groups, n] values say of these rows in a group; behind the last group, the last."""
+    return tl.load(values + tl.minimum(group, groups - 1) * n + rows, inside, other=0.0)

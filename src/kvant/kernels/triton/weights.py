@@ -16,7 +16,7 @@ SPANS = 4  # the number of spans is a multiple of it, so that a loop over K may 
 ROW_PADDING = 128  # bytes: what the columns of `RowCodes` are a multiple of
 _SMALLEST_GROUP = 16
 _LEAST_ARRIVALS = 64
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class SpanCodes:
         group: columns that share a scale, a power of two >= 16.
         words: [spans, N, 16] int16; codes of columns that are only there to fill the last spans are zero.
         scale: [groups, N], a float type. Values are (q - zero) * scale, q * scale + bias, (q - 2^(bits - 1)) * scale.
-        zero: [groups, N] uint8, or None.
+        zero: [groups, N] float16, whole numbers, or None. As bytes they would make Triton load words as bytes.
         bias: [groups, N] float16, or None.
         order: [K] int64, stored column j is input order[j]; None where they are in order.
         inputs: how inputs are rounded before the product, if they are.
@@ -160,6 +160,7 @@ def _span_codes(
         name: _by_group(planes[name], weight, group) if name in planes else None for name in ("scale", "zero", "bias")
     }
     scale, zero, bias = per_group["scale"], per_group["zero"], per_group["bias"]
+    zero = None if zero is None else zero.half()
     assert scale is not None
     return SpanCodes(
         shape, weight.bits, group, words, scale, zero, bias, order, inputs, _arrivals(words, shape[0])
