@@ -9,16 +9,18 @@ from torch import Tensor
 
 from kvant.formats.kv import KVLayer
 from kvant.kernels.ops import AttentionBatch, AttentionShape
-from kvant.kernels.triton.attention_decode import attention_decode
-from kvant.kernels.triton.attention_prefill import attention_prefill
+from kvant.kernels.triton import attention_decode, attention_prefill
+from kvant.kernels.triton.tuning import Tuning
 
 
-def attention(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
+def attention(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape, tuning: Tuning) -> Tensor:
     """`kernels.ops.Ops.attention`."""
     counts = [stop - start for start, stop in pairwise(batch.query_starts)]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if max(counts) > 1:  # first: it leaves anything in the rows of single tokens
-        attention_prefill(q, cache, batch, shape, out, fewest=2)
+        config = tuning.pick(attention_prefill, q, cache, batch, shape)
+        attention_prefill.attention_prefill(q, cache, batch, shape, out, config, fewest=2)
     if 1 in counts:
-        attention_decode(q, cache, batch, shape, out)
+        config = tuning.pick(attention_decode, q, cache, batch, shape)
+        attention_decode.attention_decode(q, cache, batch, shape, out, config)
     return out

@@ -48,10 +48,13 @@ def _put_halves(at, even, odd, held, KIND: tl.constexpr, DIM: tl.constexpr, WIDT
 @triton.jit
 def _shape_queries(
     q, shaped, scale, q_stride, tokens, k_balance, k_scale,
-    K_KIND: tl.constexpr, K_STEPS: tl.constexpr, K_HADAMARD: tl.constexpr, HEADS: tl.constexpr,
+    K_KIND: tl.constexpr, K_STEPS: tl.constexpr, K_HADAMARD: tl.constexpr, ORDER: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The queries of ROWS tokens and one head, scaled, in the space of the keys' codes."""
+    """The queries of ROWS tokens and one head, scaled, in the space of the keys' codes.
+
+    Static scales go with the queries, or with the keys where these have a centre: see `_centred`.
+    """
     head = tl.program_id(1)
     kv_head = head // (HEADS // KV_HEADS)
     WIDTH: tl.constexpr = triton.next_power_of_2(width_of(K_KIND, DIM))
@@ -60,7 +63,7 @@ def _shape_queries(
     balance = None if k_balance is None else k_balance + kv_head * DIM
     rows = q + token.to(tl.int64) * q_stride + head * DIM
     even, odd = shaped_query(rows, held, balance, scale, K_KIND, K_HADAMARD, ROWS, DIM, WIDTH)
-    if K_STEPS == "static":
+    if K_STEPS == "static" and ORDER == 0:
         even *= tl.load(k_scale + kv_head)
     at = shaped + (token.to(tl.int64) * HEADS + head) * DIM
     _put_halves(at, even, odd, held, K_KIND, DIM, WIDTH)
@@ -181,11 +184,11 @@ def _halves(rows, KIND: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _centred(
-    keys, high_keys, turned, basis, offset,
+    keys, high_keys, scale, turned, basis, offset,
     KIND: tl.constexpr, ORDER: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CENTRE_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile's keys with their centre, whose expansion `turned` holds; the tile is at `offset` in the centre's."""
+    """A tile's keys, times a scale, with their centre, whose expansion `turned` holds; the tile is at `offset` in the centre's."""
     tl.static_assert(CENTRE_TILE % TILE == 0)
     TERMS: tl.constexpr = max(16, triton.next_power_of_2(ORDER))
     TYPE: tl.constexpr = keys.dtype
@@ -193,10 +196,10 @@ def _centred(
     curves = basis + (offset + tl.arange(0, TILE))[:, None] * ORDER + term[None, :]
     curve = tl.load(curves, (term < ORDER)[None, :], 0).to(TYPE)
     rows, inside = turned + term[:, None] * DIM + column, (term < ORDER)[:, None] & (column < width_of(KIND, DIM))
-    keys = tl.dot(curve, tl.load(rows, inside, 0), keys.to(tl.float32), input_precision="ieee").to(TYPE)
+    keys = tl.dot(curve, tl.load(rows, inside, 0), keys.to(tl.float32) * scale, input_precision="ieee").to(TYPE)
     if KIND == "u4":
         terms = tl.load(rows + DIM // 2, inside, 0)
-        high_keys = tl.dot(curve, terms, high_keys.to(tl.float32), input_precision="ieee").to(TYPE)
+        high_keys = tl.dot(curve, terms, high_keys.to(tl.float32) * scale, input_precision="ieee").to(TYPE)
     return keys, high_keys
 
 
@@ -227,7 +230,7 @@ def _folded(
 @triton.jit
 def _attend_rows(
     shaped, out, starts, lengths, tables, table_stride, tiles,
-    k_codes, k_meta, v_codes, v_meta, v_scale, sink_keys, sink_values, turned, basis,
+    k_codes, k_meta, k_scale, v_codes, v_meta, v_scale, sink_keys, sink_values, turned, basis,
     K_KIND: tl.constexpr, K_STEPS: tl.constexpr, K_GROUPS: tl.constexpr, K_CODE_STRIDE: tl.constexpr,
     K_META_STRIDE: tl.constexpr, K_TYPE: tl.constexpr,
     V_KIND: tl.constexpr, V_STEPS: tl.constexpr, V_GROUPS: tl.constexpr, V_CODE_STRIDE: tl.constexpr,
@@ -280,6 +283,7 @@ def _attend_rows(
             even, odd, low_keys, high_keys, low_values, high_values, which, which < SINKS, position, top, total,
             low_sum, high_sum, K_KIND, V_KIND, V_TYPE, WINDOW, SOFTCAP,
         )  # fmt: skip
+    scale = tl.load(k_scale + head) if K_STEPS == "static" else 1.0
     begin = tl.where(low < end, low // TILE * TILE, end)
     for first in range(begin, end, TILE):
         tokens = first + tl.arange(0, TILE)
@@ -296,8 +300,8 @@ def _attend_rows(
         )  # fmt: skip
         if ORDER > 0:
             tile_keys, tile_high_keys = _centred(
-                tile_keys, tile_high_keys, turned + (first // CENTRE_TILE * KV_HEADS + head) * ORDER * DIM, basis,
-                first % CENTRE_TILE, K_KIND, ORDER, DIM, K_WIDTH, CENTRE_TILE, TILE,
+                tile_keys, tile_high_keys, scale, turned + (first // CENTRE_TILE * KV_HEADS + head) * ORDER * DIM,
+                basis, first % CENTRE_TILE, K_KIND, ORDER, DIM, K_WIDTH, CENTRE_TILE, TILE,
             )  # fmt: skip
         top, total, low_sum, high_sum = _folded(
             even, odd, tile_keys, tile_high_keys, tile_values, tile_high_values, tokens, tokens == nearest, position,
@@ -366,6 +370,7 @@ def attention_prefill(
     _shape_queries[rows](
         q, queries, shape.scale if softcap else shape.scale * LOG2E, q.stride(0), tokens,
         **_some(sides, "k_balance", "k_scale", "K_KIND", "K_STEPS", "K_HADAMARD"), **heads, ROWS=SHAPED_ROWS,
+        ORDER=key.order,
     )  # fmt: skip
     sink_keys = sink_values = turned = None
     if cache.format.sinks:
@@ -394,7 +399,7 @@ def attention_prefill(
     _attend_rows[(tiles, shape.num_kv_heads * triton.cdiv(group, members))](
         queries, sums, batch.starts, **tables, tiles=tiles, sink_keys=sink_keys, sink_values=sink_values,
         turned=turned, **_some(centre, "basis", "ORDER"), **paging, **heads, LEAD=cache.lead, SINK_ROWS=SINK_ROWS,
-        **_some(sides, "k_codes", "k_meta", "v_codes", "v_meta", "v_scale", "K_KIND", "K_STEPS", "K_GROUPS",
+        **_some(sides, "k_codes", "k_meta", "k_scale", "v_codes", "v_meta", "v_scale", "K_KIND", "K_STEPS", "K_GROUPS",
                 "K_CODE_STRIDE", "K_META_STRIDE", "V_KIND", "V_STEPS", "V_GROUPS", "V_CODE_STRIDE", "V_META_STRIDE"),
         K_TYPE=k_type, V_TYPE=v_type, WINDOW=shape.window or 0, SOFTCAP=softcap, CENTRE_TILE=CENTRE_TILE,
         SEQUENCES=sequences, FEWEST=fewest, **config.options,

@@ -1,0 +1,73 @@
+"""Rows of matrices, as values."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvant.kernels.triton.span_codes import codes_less, per_group, zero_points
+from kvant.kernels.triton.weights import WORDS, Dense, RowCodes, SpanCodes, TritonWeight
+
+_ROWS = 16
+
+
+def embedding(ids: Tensor, weight: TritonWeight) -> Tensor:
+    """`Ops.embedding`: ids [T] int64 -> [T, K], in the dtype of a plain matrix; float32 where it is codes."""
+    if isinstance(weight, Dense):
+        return F.embedding(ids, weight.matrix)
+    if isinstance(weight, RowCodes):
+        return _rows_of(weight, ids)
+    out = torch.empty(len(ids), weight.shape[1], dtype=torch.float32, device=weight.words.device)
+    return _launch(weight, out, ids, weight.order)
+
+
+def expanded(weight: SpanCodes, dtype: torch.dtype) -> Tensor:
+    """The whole matrix [N, K], its columns as they are stored, computed in float32 and rounded to `dtype`."""
+    return _launch(weight, torch.empty(weight.shape, dtype=dtype, device=weight.words.device), None, None)
+
+
+def _rows_of(weight: RowCodes, ids: Tensor) -> Tensor:
+    values = weight.codes[ids, : weight.shape[1]].float() * weight.scale[ids].unsqueeze(1)
+    return values if weight.order is None else torch.empty_like(values).index_copy_(1, weight.order, values)
+
+
+def _launch(weight: SpanCodes, out: Tensor, ids: Tensor | None, order: Tensor | None) -> Tensor:
+    (n, k), count = weight.shape, out.shape[0]
+    grid = (-(-k // weight.span), triton.cdiv(count, _ROWS))
+    if count:
+        _rows[grid](
+            weight.words, weight.scale, weight.zero, weight.bias, ids, order, out, count, n, k, weight.scale.shape[0],
+            BITS=weight.bits, GROUP=weight.group, WORDS=WORDS, ROWS=_ROWS,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rows(
+    words, scales, zeros, biases, ids, order, out, count, n, k, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program: a span of some rows. zeros, biases, ids and order may be None."""
+    span, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside, j = row < count, tl.arange(0, WORDS)
+    source = row if ids is None else tl.load(ids + row, inside, other=0).to(tl.int32)
+    at = (span.to(tl.int64) * n + source)[:, None] * WORDS + j[None, :]
+    packed = tl.load(words + at, inside[:, None], other=0)
+    PLACES: tl.constexpr = 16 // BITS
+    for place in tl.static_range(PLACES):
+        column = (span * PLACES + place) * WORDS + j
+        group = (span * PLACES + place) * WORDS // GROUP
+        scale = per_group(scales, group, groups, n, source, inside)
+        if biases is not None:
+            codes = codes_less(packed, tl.zeros_like(scale), place, tl.float32, BITS, False)
+            values = codes * scale[:, None] + per_group(biases, group, groups, n, source, inside)[:, None]
+        else:
+            zero = zero_points(zeros, scale, group, groups, n, source, inside, BITS)
+            values = codes_less(packed, zero, place, tl.float32, BITS, False) * scale[:, None]
+        held = column < k
+        target = column if order is None else tl.load(order + column, held, other=0)
+        to = out + row.to(tl.int64)[:, None] * k + target[None, :]
+        tl.store(to, values.to(out.dtype.element_ty), inside[:, None] & held[None, :])

@@ -1,0 +1,63 @@
+"""What is written in the words of `weights.SpanCodes`, as kernels read it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def codes_less(words, zero, PLACE: tl.constexpr, TYPE: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The codes at a place in words [rows, n], each less its row's zero [rows] float32: in TYPE, which holds them.
+
+    With ASSEMBLY two at a time, for a TYPE of 16 bits: a code is set in the fraction of a power of two, from which the
+    power and the zero are taken away.
+    """
+    if not ASSEMBLY:
+        codes = ((words >> (BITS * PLACE)) & ((1 << BITS) - 1)).to(tl.float32)
+        return (codes - zero[:, None]).to(TYPE)
+    elif TYPE == tl.float16:  # noqa: SIM300
+        MASK: tl.constexpr = 0x000F000F if BITS == 4 else 0x00FF00FF
+        return _asm(
+            f"""{{ .reg .b32 t, one; mov.b32 one, 0x3C003C00; shr.u32 t, $1, {BITS * PLACE};
+            lop3.b32 t, t, {MASK}, 0x64006400, 0xEA; fma.rn.f16x2 $0, t, one, $2; }}""",
+            words,
+            (-1024 - zero).to(TYPE),
+        )
+    elif BITS == 4:
+        return _asm(
+            f"""{{ .reg .b32 t, one; mov.b32 one, 0x3F803F80; shr.u32 t, $1, {BITS * PLACE};
+            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA; fma.rn.bf16x2 $0, t, one, $2; }}""",
+            words,
+            (-128 - zero).to(TYPE),
+        )
+    else:
+        # Bfloat16's fraction has 7 bits: the code's highest bit makes the power that is taken away 128 and not 256.
+        return _asm(
+            f"""{{ .reg .b32 t, u, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xBF80BF80;
+            shr.u32 t, $1, {BITS * PLACE}; lop3.b32 u, t, 0x00800080, 0x43804380, 0x6A;
+            lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA; fma.rn.bf16x2 t, u, less, t;
+            fma.rn.bf16x2 $0, t, one, $2; }}""",
+            words,
+            (128 - zero).to(TYPE),
+        )
+
+
+@triton.jit
+def _asm(CODE: tl.constexpr, words, less):
+    return tl.inline_asm_elementwise(CODE, "=r,r,r", [words, less[:, None]], dtype=less.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def per_group(values, group, groups, n, rows, inside):
+    """What [groups, n] values say of these rows in a group, as float32; behind the last group, the last."""
+    return tl.load(values + tl.minimum(group, groups - 1) * n + rows, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def zero_points(zeros, scale, group, groups, n, rows, inside, BITS: tl.constexpr):
+    """The zero points of rows in a group, as `scale` has them; zeros may be None."""
+    if zeros is None:
+        return tl.full(scale.shape, 1 << (BITS - 1), tl.float32)
+    else:
+        return per_group(zeros, group, groups, n, rows, inside)
