@@ -36,6 +36,15 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     return available_backends()[request.param]()
 
 
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "triton")) for name in sorted(available_backends())],
+    scope="module",
+)
+def attending(request: pytest.FixtureRequest) -> Ops:
+    """Of the backends, whose attention is tested; what is interpreted is slow, and has tests of its own."""
+    return available_backends()[request.param]()
+
+
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -242,12 +251,15 @@ LENGTHS = st.lists(
     window=st.sampled_from((None, None, 1, 5, 16, 100)), softcap=st.sampled_from((None, None, 2.0, 30.0)),
     dtype=DTYPES, seed=SEEDS,
 )  # fmt: skip
-def test_attention(ops, name, lengths, kv_heads, ratio, dim, block_size, window, softcap, dtype, seed):
+def test_attention(attending, name, lengths, kv_heads, ratio, dim, block_size, window, softcap, dtype, seed):
     it = scene_of(name, kv_heads, dim, block_size, lengths, seed)
     shape = AttentionShape(kv_heads * ratio, kv_heads, dim, 1.3 / dim**0.5, window, softcap)
     q = random(seed + 1, it.tokens, shape.num_heads, dim, dtype=dtype)
     before = {name: plane.clone() for name, plane in it.cache.planes.items()}
-    found, coarse = ops.attention(q, it.cache, it.batch, shape), IN_AN_ELEMENT[rounded_bits(ops, it.cache.format)]
+    found, coarse = (
+        attending.attention(q, it.cache, it.batch, shape),
+        IN_AN_ELEMENT[rounded_bits(attending, it.cache.format)],
+    )
     assert_close(found, attended(it, q, shape), dtype, scale=4, coarse=coarse)
     assert all(torch.equal(plane, it.cache.planes[name]) for name, plane in before.items()), "attention wrote"
 
@@ -290,18 +302,18 @@ def held_in_8_bits(cache: KVLayer, q: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", KV_FORMATS)
 @pytest.mark.parametrize(("dim", "window"), [(64, None), (128, 600)])
-def test_attention_is_close_on_the_whole(ops, name, dim, window):
+def test_attention_is_close_on_the_whole(attending, name, dim, window):
     it, q, shape, expected = long_contexts(name, dim, window, held=False)
-    error = ops.attention(q, it.cache, it.batch, shape) - expected
-    assert error.norm() <= ON_THE_WHOLE[rounded_bits(ops, it.cache.format)] * expected.norm()
+    error = attending.attention(q, it.cache, it.batch, shape) - expected
+    assert error.norm() <= ON_THE_WHOLE[rounded_bits(attending, it.cache.format)] * expected.norm()
 
 
 @pytest.mark.parametrize("name", [name for name, fmt in KV_FORMATS.items() if code_bits(fmt.key) == 4])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_attention_to_4_bit_keys_is_finer_where_8_bits_hold_the_queries(ops, name, dim):
+def test_attention_to_4_bit_keys_is_finer_where_8_bits_hold_the_queries(attending, name, dim):
     """What else could be wrong has no rounding of queries to hide behind."""
     it, q, shape, expected = long_contexts(name, dim, None, held=True)
-    error = ops.attention(q, it.cache, it.batch, shape) - expected
+    error = attending.attention(q, it.cache, it.batch, shape) - expected
     assert error.norm() <= ON_THE_WHOLE[8] * expected.norm()
 
 

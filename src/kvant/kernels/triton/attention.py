@@ -19,8 +19,8 @@ def attention(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: Attention
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if max(counts) > 1:  # first: it leaves anything in the rows of single tokens
         config = tuning.pick(attention_prefill, q, cache, batch, shape)
-        attention_prefill.attention_prefill(q, cache, batch, shape, out, fewest=2, config=config)
+        attention_prefill.attention_prefill(q, cache, batch, shape, out, config, fewest=2)
     if 1 in counts:
         config = tuning.pick(attention_decode, q, cache, batch, shape)
-        attention_decode.attention_decode(q, cache, batch, shape, out, config=config)
+        attention_decode.attention_decode(q, cache, batch, shape, out, config)
     return out

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from kvant.kernels.triton.attention_parts import decoded_length, part_of
 from kvant.kernels.triton.kv_centre import centre_scores, centre_terms, turn_speeds
-from kvant.kernels.triton.kv_tiles import capped, places, shaped_query, vectors, width_of
+from kvant.kernels.triton.kv_tiles import capped, places, shaped_query, tile_steps, vectors, width_of
 
 
 @triton.jit
@@ -38,9 +38,11 @@ def attend_group(
     query = q + tl.load(starts + sequence).to(tl.int64) * q_stride + (head * GROUP + row) * DIM
     balance = None if k_balance is None else k_balance + head * DIM
     even, odd = shaped_query(query, held, balance, scale, K_KIND, K_HADAMARD, ROWS, DIM, K_WIDTH)
-    if K_STEPS == "static":
-        even *= tl.load(k_scale + head)
     even, odd = even.to(K_TYPE), odd.to(K_TYPE)
+    # As rounded: shifts are large, and what queries lose must not be multiplied with them.
+    total_q = tl.sum(even.to(tl.float32), 1)
+    if K_KIND == "u4":
+        total_q += tl.sum(odd.to(tl.float32), 1)
     if ORDER > 0:
         FEW: tl.constexpr = min(ROWS, triton.next_power_of_2(GROUP))
         few = member + tl.arange(0, FEW)[:, None, None]
@@ -60,15 +62,18 @@ def attend_group(
         blocks, slots = places(table, start, positions, head, LEAD, BLOCK_SIZE, TILE)
         low_keys, high_keys = vectors(
             k_codes, k_meta, k_scale, head, blocks, slots, K_KIND, K_STEPS, K_GROUPS, K_CODE_STRIDE, K_META_STRIDE,
-            DIM, K_WIDTH, K_TYPE,
+            DIM, K_WIDTH, K_TYPE, False,
         )  # fmt: skip
         low_values, high_values = vectors(
             v_codes, v_meta, v_scale, head, blocks, slots, V_KIND, V_STEPS, V_GROUPS, V_CODE_STRIDE, V_META_STRIDE,
-            DIM, V_WIDTH, V_TYPE,
+            DIM, V_WIDTH, V_TYPE, True,
         )  # fmt: skip
         scores = tl.dot(even, tl.trans(low_keys), input_precision="ieee")
         if K_KIND == "u4":
             scores = tl.dot(odd, tl.trans(high_keys), scores, input_precision="ieee")
+        if K_STEPS != "none" and K_GROUPS == 1:
+            step, shift = tile_steps(k_meta, k_scale, head, blocks, slots, K_STEPS, K_GROUPS, K_META_STRIDE)
+            scores = scores * step[None, :] - total_q[:, None] * shift[None, :]
         if ORDER > 0:
             common = centre_scores(with_cos, with_sin, with_none, speeds, basis, start, ORDER, CENTRE_TILE, TILE)
             scores += tl.reshape(tl.broadcast_to(common[None, :, :], [ROWS // FEW, FEW, TILE]), [ROWS, TILE])

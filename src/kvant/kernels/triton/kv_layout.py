@@ -20,6 +20,7 @@ from kvant.formats.kv_codecs import (
     VectorCodec,
 )
 from kvant.formats.kv_stats import LayerStats, polynomials
+from kvant.kernels.ops import AttentionShape
 
 _DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 TORCH_TYPES = {ours: theirs for theirs, ours in _DOT_TYPES.items()}
@@ -128,6 +129,13 @@ def dot_types(query: torch.dtype, *sides: Side) -> list[tl.dtype]:
     """
     types = [side.codes.dtype if side.kind == "float" else torch.float16 for side in sides]
     return [_DOT_TYPES[torch.float32 if query == torch.float32 else dtype] for dtype in types]
+
+
+def layer_key(q: Tensor, layer: KVLayer, shape: AttentionShape) -> str:
+    """What kernels of attention are compiled for in a layer, as part of a tuning table's keys."""
+    size = f"h{shape.num_heads}/{shape.num_kv_heads} d{shape.head_dim}"
+    kind = str(q.dtype).removeprefix("torch.")
+    return f"{size} {layer.format.name} b{layer.block_size} {kind}" + (" softcap" if shape.softcap else "")
 
 
 def hadamard_block(head_dim: int) -> int:

@@ -144,9 +144,11 @@ def shaped_query(
 def vectors(
     codes, meta, scale, head, blocks, slots,
     KIND: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, CODE_STRIDE: tl.constexpr,
-    META_STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr,
+    META_STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr, STEPPED: tl.constexpr,
 ):  # fmt: skip
     """A tile's vectors as their inner codec knows them, of TYPE; static scales are left out.
+
+    Unless they are to be STEPPED, those of one group are left as codes, which are exact: see `tile_steps`.
 
     Returns the even and the odd elements for 4-bit codes, else all elements twice, [TILE, WIDTH]. Behind the last
     element is something finite.
@@ -160,7 +162,7 @@ def vectors(
     else:
         even = numbers(raw, KIND, TYPE)
         odd = even
-    if STEPS != "none" and STEPS != "static":
+    if (STEPPED or GROUPS > 1) and STEPS != "none" and STEPS != "static":
         first = blocks * META_STRIDE + slots * words_of(STEPS, GROUPS)
         step, shift = steps_at(meta, scale, head, first, STEPS)
         steps, shifts = step.to(TYPE)[:, None], shift.to(TYPE)[:, None]
@@ -171,6 +173,19 @@ def vectors(
             shifts = tl.where(here, shift.to(TYPE)[:, None], shifts)
         even, odd = even * steps - shifts, odd * steps - shifts
     return even, odd
+
+
+@triton.jit
+def tile_steps(
+    meta, scale, head, blocks, slots,
+    STEPS: tl.constexpr, GROUPS: tl.constexpr, META_STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Scale and shift, [TILE] float32, of a tile's vectors that `vectors` has not STEPPED."""
+    step, shift = tl.full(blocks.shape, 1.0, tl.float32), tl.zeros(blocks.shape, tl.float32)
+    if GROUPS == 1:
+        at = blocks * META_STRIDE + slots * words_of(STEPS, GROUPS)
+        step, shift = steps_at(meta, scale, head, at, STEPS)
+    return step, shift
 
 
 @triton.jit
