@@ -85,7 +85,7 @@ class _Rotary(NamedTuple):
     half: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _write(
     q,
     k,
