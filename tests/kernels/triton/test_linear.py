@@ -150,9 +150,15 @@ def test_split_sums_are_the_same_each_time_and_leave_nothing_behind():
     assert torch.equal(linear_packed.linear_packed(x, weight, None, config(16, 16, 2, 5, 1)), first)
 
 
-def test_sums_are_not_split_for_more_tokens_than_one_program_has():
-    with pytest.raises(ValueError, match="split for 17 tokens"):
-        linear_packed.linear_packed(random(1, 17, 256), spans(packed(4, 16, 256, 64)), None, config(16, 16, 1, 2, 1))
+def test_sums_of_several_blocks_of_tokens_may_be_split():
+    weight, x = packed(4, 40, 256, 64), random(3, 50, 256)
+    found = linear_packed.linear_packed(x, spans(weight), None, config(16, 16, 1, 2, 1))
+    assert error(found, x.double() @ weight.dequantize(torch.float64).T) < 1e-6
+
+
+def test_more_blocks_than_can_be_counted_are_an_error():
+    with pytest.raises(ValueError, match="65 blocks are cut, and 64 can be counted"):
+        linear_packed.linear_packed(random(1, 1025, 256), spans(packed(4, 16, 256, 64)), None, config(16, 16, 1, 2, 1))
 
 
 @pytest.mark.parametrize("size", [1e-8, 1e7])
@@ -181,7 +187,8 @@ def test_configurations_for_real_layers(m, n, k):
     assert found[0] == linear_packed.default(m, weight, torch.bfloat16)
     for one in found:
         if one != linear_packed.EXPAND:
-            assert one.blocks["SPLIT"] == 1 or m <= one.blocks["TOKENS"]
+            blocks = triton.cdiv(m, one.blocks["TOKENS"]) * triton.cdiv(n, one.blocks["ROWS"])
+            assert one.blocks["SPLIT"] == 1 or blocks <= n // 16
             assert one.blocks["STEP"] <= 4
     assert (linear_packed.EXPAND in found) == (m > 64)
     assert linear_packed.key(m, weight, torch.bfloat16).startswith(f"m{max(16, triton.next_power_of_2(m))} n{n} k{k}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
@@ -20,6 +21,7 @@ from kvant.formats.kv_codecs import (
 )
 from kvant.formats.kv_stats import LayerStats, polynomials
 
+_DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _STATIC_KINDS = {torch.int8: "s8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
@@ -116,6 +118,15 @@ def centre_arguments(side: Side) -> dict[str, object]:
         "ORDER": side.order,
         "TURNING": side.turning,
     }
+
+
+def dot_types(query: torch.dtype, *sides: Side) -> list[tl.dtype]:
+    """The type that each side's vectors have in products with queries of this type on tensor cores.
+
+    Codes of integers and of 8-bit floats are exact in float16, queries that meet them are in range.
+    """
+    types = [side.codes.dtype if side.kind == "float" else torch.float16 for side in sides]
+    return [_DOT_TYPES[torch.float32 if query == torch.float32 else dtype] for dtype in types]
 
 
 def hadamard_block(head_dim: int) -> int:

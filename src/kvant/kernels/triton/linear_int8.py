@@ -11,10 +11,10 @@ from torch import Tensor
 from kvant.kernels.triton.input_codes import input_codes
 from kvant.kernels.triton.launch import Config
 from kvant.kernels.triton.norm import Rounded
-from kvant.kernels.triton.sums import finish, leave
+from kvant.kernels.triton.sums import finish, leave, room_for_parts, split_for
 from kvant.kernels.triton.weights import RowCodes
 
-_PROGRAMS = 528  # four on each multiprocessor of an H100 or H200
+_PROGRAMS = 528  # four on each multiprocessor of an H100 or H200, where there is room
 
 
 def key(m: int, weight: RowCodes) -> str:
@@ -43,33 +43,34 @@ def candidates(m: int, weight: RowCodes) -> list[Config]:
 
 def _config(m: int, weight: RowCodes, rows: int, tokens: int, depth: int, warps: int, stages: int) -> Config:
     steps = weight.codes.shape[1] // depth
-    split = min(16, max(1, steps // 4), max(1, _PROGRAMS // triton.cdiv(weight.shape[0], rows))) if m <= tokens else 1
+    blocks = triton.cdiv(m, tokens) * triton.cdiv(weight.shape[0], rows)
+    split = split_for(steps, blocks, _PROGRAMS if tokens <= 64 else _PROGRAMS // 4)
     return Config({"ROWS": rows, "TOKENS": tokens, "DEPTH": depth, "SPLIT": split}, warps, stages)
 
 
-def linear_int8(x: Tensor, weight: RowCodes, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
-    """`Ops.linear`: x [M, K] is rounded to 8 bits, a scale a token -> [M, N] in its dtype."""
+def linear_int8(
+    x: Tensor | Rounded, weight: RowCodes, bias: Tensor | None = None, config: Config | None = None
+) -> Tensor:
+    """`Ops.linear`: x [M, K] is rounded to 8 bits, a scale a token, if it is not yet -> [M, N] in its dtype."""
+    if isinstance(x, Rounded):
+        return product(x, weight, bias, config)
     if weight.order is not None:
         x = x.index_select(1, weight.order)
-    rounded = input_codes(x, weight.inputs, weight.codes.shape[1])
-    return product(rounded, weight, x.dtype, bias, config)
+    return product(input_codes(x, weight.inputs, weight.codes.shape[1]), weight, bias, config)
 
 
-def product(
-    x: Rounded, weight: RowCodes, dtype: torch.dtype, bias: Tensor | None = None, config: Config | None = None
-) -> Tensor:
-    """x W^T + bias in `dtype`, [M, N]: of inputs [M, K] that are codes already, ordered as the weight's columns."""
+def product(x: Rounded, weight: RowCodes, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+    """x W^T + bias, [M, N]: of inputs [M, K] that are codes already, ordered as the weight's columns."""
     (m, _), (n, depth) = x.codes.shape, weight.codes.shape
-    out = torch.empty(m, n, dtype=dtype, device=x.codes.device)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.codes.device)
     if m == 0:
         return out
     codes = F.pad(x.codes, (0, depth - x.codes.shape[1])) if x.codes.shape[1] < depth else x.codes
     config = config or default(m, weight)
-    tokens, split = triton.cdiv(m, config.blocks["TOKENS"]), config.blocks["SPLIT"]
-    if split > 1 and tokens > 1:
-        raise ValueError(f"a sum is split for {m} tokens, more than the {config.blocks['TOKENS']} of one program")
-    parts = torch.empty(split, m, n, dtype=torch.float32, device=out.device) if split > 1 else None
-    _linear[(tokens, triton.cdiv(n, config.blocks["ROWS"]), split)](
+    blocks = config.blocks
+    grid = (triton.cdiv(m, blocks["TOKENS"]), triton.cdiv(n, blocks["ROWS"]), blocks["SPLIT"])
+    parts = room_for_parts(blocks["SPLIT"], out, grid[0] * grid[1], weight.arrivals)
+    _linear[grid](
         codes, x.scales, weight.codes, weight.scale, bias, out, parts, weight.arrivals, m, n, depth, **config.options
     )
     return out

@@ -6,6 +6,9 @@ and what is unpacked is multiplied from registers, without a way through shared 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -15,75 +18,83 @@ from torch import Tensor
 from kvant.kernels.triton.embedding import expanded
 from kvant.kernels.triton.launch import Config, interpreted
 from kvant.kernels.triton.span_codes import codes_less, per_group, zero_points
-from kvant.kernels.triton.sums import finish, leave
+from kvant.kernels.triton.sums import finish, leave, room_for_parts, split_for
 from kvant.kernels.triton.weights import SPANS, WORDS, SpanCodes
 
 # Tokens from which a matrix that is expanded to 16 bits first is multiplied faster, by cuBLAS.
 _MANY = 512
 _MANY_IN_FLOAT32 = 16  # there tensor cores are of no use
-_PROGRAMS = 396  # three on each multiprocessor of an H100 or H200, as registers allow: it hides the latency of memory
+_MULTIPROCESSORS = 132
 EXPAND = Config({"EXPAND": 1})
 
 
 def key(m: int, weight: SpanCodes, dtype: torch.dtype) -> str:
     """What the best configuration depends on: "m16 n4096 k4096 int4 g128 zero float16"; m is the next power of two."""
-    (n, k), rows = weight.shape, max(16, triton.next_power_of_2(m))
+    n, k = weight.shape
     kind = "bias" if weight.bias is not None else "symmetric" if weight.zero is None else "zero"
-    return f"m{rows} n{n} k{k} int{weight.bits} g{min(weight.group, k)} {kind} {str(dtype).removeprefix('torch.')}"
+    return (
+        f"m{_tokens(m)} n{n} k{k} int{weight.bits} g{min(weight.group, k)} {kind} {str(dtype).removeprefix('torch.')}"
+    )
 
 
 def default(m: int, weight: SpanCodes, dtype: torch.dtype) -> Config:
     """A good configuration for any card."""
     if m > (_MANY_IN_FLOAT32 if dtype == torch.float32 else _MANY):
         return EXPAND
-    tokens = min(max(16, triton.next_power_of_2(m)), 128)
-    rows = 64 if weight.shape[0] <= 64 or tokens == 64 else 128
-    return _config(m, weight, rows, tokens, 128, warps=8 if tokens == 128 else 4, stages=4 if tokens <= 32 else 3)
+    tokens = min(_tokens(m), 128)
+    if tokens == 128:
+        return _config(m, weight, 128, tokens, 128, 8, 3)
+    rows = 64 if weight.shape[0] <= 64 or tokens == 64 or (tokens == 32 and weight.bias is not None) else 128
+    return _config(m, weight, rows, tokens, 128, 4, 4 if tokens <= 32 else 3)
 
 
 def candidates(m: int, weight: SpanCodes, dtype: torch.dtype) -> list[Config]:
     """What is worth a measurement."""
-    found = [default(m, weight, dtype)]
-    if m > 64:
-        found.append(EXPAND)
-    for rows in (64, 128) if m <= 256 else (128,):
-        for tokens in {min(max(16, triton.next_power_of_2(m)), limit) for limit in (64, 128, 256)}:
-            for depth in (64, 128, 256) if tokens <= 64 else (64, 128):
-                for stages in (3, 5) if tokens <= 64 else (3, 4):
-                    warps = 8 if rows * tokens > 128 * 64 else 4
-                    found.append(_config(m, weight, rows, tokens, depth, warps, stages))
-    if m <= 16:
+    found, tokens = [default(m, weight, dtype)], _tokens(m)
+    if tokens <= 64:
+        loops, warps = ((128, 3), (128, 5), (256, 3)), 8 if tokens == 64 else 4
         found += [
-            _config(m, weight, rows, 16, 128, 4, stages, few)
-            for rows in (64, 128)
-            for stages in (3, 5)
-            for few in (264, 528, 1056)
+            _config(m, weight, rows, tokens, depth, warps if rows == 128 else 4, stages, each)
+            for rows, (depth, stages), each in product((64, 128), loops, (2, 3, 6))
         ]
+    else:
+        tiles = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (64, 128, 128, 4, 3), (128, 128, 128, 8, 3)]
+        tiles += [(128, 128, 64, 8, 4), (128, 256, 64, 8, 3)]
+        found += [EXPAND, *(_config(m, weight, *tile, each) for tile, each in product(tiles, (1, 2)))]
+        found += [replace(one, blocks={**one.blocks, "FOLD": 0}) for one in found if one.blocks.get("FOLD")]
     return [config for at, config in enumerate(found) if config not in found[:at]]
 
 
+def _tokens(m: int) -> int:
+    return int(max(16, triton.next_power_of_2(m)))
+
+
 def _config(
-    m: int, weight: SpanCodes, rows: int, tokens: int, depth: int, warps: int, stages: int, programs: int = _PROGRAMS
+    m: int, weight: SpanCodes, rows: int, tokens: int, depth: int, warps: int, stages: int, each: int | None = None
 ) -> Config:
-    """A product of so many rows and tokens a program, `depth` columns at a time, K split for so many programs."""
+    """A program computes so many rows of so many tokens, `depth` columns at a time.
+
+    Sums are cut for `each` programs on a multiprocessor; None is as many as have room there.
+    """
     step = min(SPANS, depth // weight.span)
     steps = triton.cdiv(triton.cdiv(weight.shape[1], weight.span), step)
-    split = min(16, max(1, steps // 4), max(1, programs // triton.cdiv(weight.shape[0], rows))) if m <= tokens else 1
+    blocks = triton.cdiv(m, tokens) * triton.cdiv(weight.shape[0], rows)
+    each = each or (3 if tokens <= 32 else 2 if tokens == 64 else 1)
     # Scaling sums over a group costs less than scaling weights, where there are registers for a second sum or third.
     fold = int(tokens <= (128 if weight.bias is None else 64))
+    split = split_for(steps, blocks, each * _MULTIPROCESSORS)
     return Config({"ROWS": rows, "TOKENS": tokens, "STEP": step, "SPLIT": split, "FOLD": fold}, warps, stages)
 
 
 def linear_packed(x: Tensor, weight: SpanCodes, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
     """`Ops.linear`: x [M, K] float16, bfloat16 or float32 -> [M, N] in its dtype, the same bits each time."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
     x = _in_order(x, weight)
     config = config or default(x.shape[0], weight, x.dtype)
     if "EXPAND" in config.blocks:
         return F.linear(x, expanded(weight, x.dtype), None if bias is None else bias.to(x.dtype))
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    if x.shape[0]:
-        _launch(x, weight, bias, out, config)
-    return out
+    return _launch(x, weight, bias, config)
 
 
 def _in_order(x: Tensor, weight: SpanCodes) -> Tensor:
@@ -92,18 +103,19 @@ def _in_order(x: Tensor, weight: SpanCodes) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _launch(x: Tensor, weight: SpanCodes, bias: Tensor | None, out: Tensor, config: Config) -> None:
+def _launch(x: Tensor, weight: SpanCodes, bias: Tensor | None, config: Config) -> Tensor:
     (m, k), n, blocks = x.shape, weight.shape[0], config.blocks
-    tokens, split = triton.cdiv(m, blocks["TOKENS"]), blocks["SPLIT"]
-    if split > 1 and tokens > 1:
-        raise ValueError(f"a sum is split for {m} tokens, more than the {blocks['TOKENS']} of one program")
-    parts = torch.empty(split, m, n, dtype=torch.float32, device=x.device) if split > 1 else None
-    _linear[(tokens, triton.cdiv(n, blocks["ROWS"]), split)](
+    (m, k), n, blocks = x.shape, weight.shape[0], config.blocks
+    grid = (triton.cdiv(m, blocks["TOKENS"]), triton.cdiv(n, blocks["ROWS"]), blocks["SPLIT"])
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    parts = room_for_parts(blocks["SPLIT"], out, grid[0] * grid[1], weight.arrivals)
+    _linear[grid](
         x, weight.words, weight.scale, weight.zero, weight.bias, bias, out, parts, weight.arrivals,
         m, n, k, x.stride(0), weight.scale.shape[0],
         BITS=weight.bits, GROUP=weight.group, WORDS=WORDS, ASSEMBLY=x.dtype != torch.float32 and not interpreted(),
         EVEN=k % (weight.span * blocks["STEP"]) == 0, **config.options,
     )  # fmt: skip
+    return out
 
 
 @triton.jit

@@ -20,12 +20,15 @@ class Rounded:
     Attributes:
         codes: [T, K] int8, from -127 to 127.
         scales: [T] float32; NaN where a row is not finite.
-        dtype: what the rows were before.
+        dtype: that the rows had, and that products with them have.
     """
 
     codes: Tensor
     scales: Tensor
     dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.codes)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

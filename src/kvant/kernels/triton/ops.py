@@ -1,16 +1,18 @@
-"""The ops on Triton's kernels. What has no kernel yet is computed by the reference, on the same device."""
+"""The ops on Triton's kernels. What has no kernel is computed by the reference, on the same device."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
 from kvant.formats.weight import PackedWeight
-from kvant.kernels.ops import AttentionBatch, SamplingBatch
-from kvant.kernels.reference import ReferenceOps
-from kvant.kernels.triton import embedding, gated, kv_write, linear, norm, sample, weights
+from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
+from kvant.kernels.reference import CPU, ReferenceOps
+from kvant.kernels.triton import attention_decode, embedding, gated, kv_write, linear, norm, sample, weights
+from kvant.kernels.triton.tuning import Tuning
 
 
 class TritonOps(ReferenceOps):
@@ -20,11 +22,15 @@ class TritonOps(ReferenceOps):
     capturable = True
     packed_weights = True
 
+    def __init__(self, device: torch.device = CPU) -> None:
+        super().__init__(device)
+        self._tuning = Tuning.of(torch.cuda.get_device_name(device)) if device.type == "cuda" else Tuning()
+
     def prepare(self, weight: PackedWeight) -> Any:
         return weights.prepare(weight, self.device)
 
     def linear(self, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
-        return linear.linear(x, weight, bias)
+        return linear.linear(x, weight, bias, self._tuning)
 
     def embedding(self, ids: Tensor, weight: Any) -> Tensor:
         return embedding.embedding(ids, weight)
@@ -35,7 +41,7 @@ class TritonOps(ReferenceOps):
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Any = None
     ) -> tuple[Any, Tensor]:
-        if isinstance(reader, weights.RowCodes) and reader.order is None:
+        if linear.takes_codes(reader):
             return norm.rounded_add_rms_norm(x, residual, weight, eps, reader.inputs)
         return norm.add_rms_norm(x, residual, weight, eps)
 
@@ -49,6 +55,12 @@ class TritonOps(ReferenceOps):
         batch: AttentionBatch,
     ) -> Tensor:
         return kv_write.rope_write_kv(q, k, v, rotary, cache, batch)
+
+    def attention(self, q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
+        if len(q) == len(batch.context_lens) and shape.head_dim & (shape.head_dim - 1) == 0:
+            config = self._tuning.pick(attention_decode, q, cache, batch, shape)
+            return attention_decode.attention_decode(q, cache, batch, shape, config)
+        return super().attention(q, cache, batch, shape)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         return gated.gated(x, activation)

@@ -1,9 +1,32 @@
-"""How the sums of a product are brought together and written."""
+"""How the sums of a product are cut into parts, brought together and written."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+_LEAST_STEPS = 4  # of a part: fewer would wait for memory more than they compute
+_MOST_PARTS = 16
+
+
+def split_for(steps: int, blocks: int, programs: int) -> int:
+    """Into how many parts to cut sums of so many steps, for `blocks` of results to make about so many programs."""
+    return max(1, min(_MOST_PARTS, steps // _LEAST_STEPS, programs // blocks))
+
+
+def room_for_parts(split: int, out: Tensor, blocks: int, arrivals: Tensor) -> Tensor | None:
+    """Where parts of sums [split, M, N] are left; None if sums are not cut.
+
+    Raises:
+        ValueError: fewer arrivals can be counted than there are blocks of results.
+    """
+    if split == 1:
+        return None
+    if blocks > len(arrivals):
+        raise ValueError(f"the sums of {blocks} blocks are cut, and {len(arrivals)} can be counted; take larger blocks")
+    return torch.empty(split, *out.shape, dtype=torch.float32, device=out.device)
 
 
 @triton.jit
@@ -22,7 +45,7 @@ def leave(total, parts, arrivals, bias, out, row, token, m, n, SPLIT: tl.constex
     at = token[None, :] * n + row[:, None]
     tl.store(parts + tl.program_id(2).to(tl.int64) * m * n + at, total, held)
     tl.debug_barrier()  # all threads' parts are written before one of them says so
-    arrival = arrivals + tl.program_id(1)
+    arrival = arrivals + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLIT - 1:
         total = tl.zeros_like(total)
         for part in tl.static_range(SPLIT):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from kvant.errors import ConfigError
@@ -62,6 +63,13 @@ class Tuning:
     def lookup(self, op: str, key: str) -> Config | None:
         """The best configuration; None where it was not measured."""
         return self.configs.get(op, {}).get(key)
+
+    def pick(self, kernel: ModuleType, *args: Any) -> Config:
+        """The best configuration for a launch, or its default: `args` are those of the module's `key` and `default`."""
+        op = kernel.__name__.rpartition(".")[2]
+        known = self.lookup(op, kernel.key(*args)) if op in self.configs else None
+        config: Config = known or kernel.default(*args)
+        return config
 
     def write(self, path: Path) -> None:
         """Write the table, in an order that depends on nothing but its content."""

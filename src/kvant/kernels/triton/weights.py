@@ -15,6 +15,7 @@ WORDS = 16  # of a row in a span: 32 bytes, a sector of memory, and the least de
 SPANS = 4  # the number of spans is a multiple of it, so that a loop over K may take up to so many at once
 ROW_PADDING = 128  # bytes: what the columns of `RowCodes` are a multiple of
 _SMALLEST_GROUP = 16
+_LEAST_ARRIVALS = 64
 _ROWS_AT_ONCE = 4096
 
 
@@ -189,7 +190,7 @@ def _by_group(values: Tensor, weight: PackedWeight, group: int) -> Tensor:
 
 
 def _arrivals(codes: Tensor, rows: int) -> Tensor:
-    return torch.zeros(-(-rows // 16), dtype=torch.int32, device=codes.device)
+    return torch.zeros(max(_LEAST_ARRIVALS, -(-rows // 16)), dtype=torch.int32, device=codes.device)
 
 
 def _inputs_on(inputs: InputCodes | None, device: torch.device) -> InputCodes | None:
