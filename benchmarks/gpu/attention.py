@@ -11,14 +11,14 @@ import torch
 from gpu.case import Case
 from gpu.machine import Machine
 from gpu.scenes import Heads, filled_scene
-from gpu.shapes import spec_of
+from gpu.shapes import kv_formats, spec_of
 from gpu.timing import rotated
 from gpu.workload import Workload, timed
 from kvant.formats.kv import KV_FORMATS, KVShape
 from kvant.kernels.ops import AttentionShape
 from kvant.models.layers import attention_shape
 
-MAIN = ("bf16", "int8", "int4")
+MAIN = kv_formats(small=False)
 OTHERS = ("k8v4", "int8_plain", "int4_plain", "int8_pertoken", "int8_pertensor", "fp8_e4m3")
 
 
@@ -35,6 +35,7 @@ class Step:
         return [(before, new) for count, before, new in self.sequences for _ in range(count)]
 
 
+TARGET_MODELS = ("llama-2-7b", "llama-3-8b")
 TARGET = Step("decode 64x4096", ((64, 4095, 1),))
 DECODES = (
     Step("decode 1x512", ((1, 511, 1),)),
@@ -53,17 +54,19 @@ _SMALL = (Step("decode 64x4096", ((2, 69, 1),)), Step("prompt 4096", ((1, 3, 6),
 
 def cases(small: bool) -> list[Case]:
     """The targets' first, then other formats, batches and models."""
-    return [
-        Case("attention", {"model": m, "format": f, "step": step.name}, partial(timed, partial(build, m, f, step)), 12)
-        for m, f, step in _points(small)
-    ]
+    found = []
+    for model, fmt, step in _points(small):
+        tags = {"model": model, "format": fmt, "step": step.name}
+        target = step == TARGET and model in TARGET_MODELS and fmt in MAIN
+        found.append(Case("attention", tags, partial(timed, partial(build, model, fmt, step)), 12, target=target))
+    return found
 
 
 def _points(small: bool) -> Iterator[tuple[str, str, Step]]:
     if small:
-        yield from (("llama-2-7b", f, step) for f in MAIN for step in _SMALL)
+        yield from (("llama-2-7b", f, step) for f in kv_formats(small) for step in _SMALL)
         return
-    models = ("llama-2-7b", "llama-3-8b")
+    models = TARGET_MODELS
     yield from ((model, f, TARGET) for model in models for f in MAIN)
     yield from ((model, f, step) for step in DECODES for model in models for f in MAIN)
     yield from ((model, f, step) for step in PROMPTS for model in models for f in MAIN)
@@ -93,7 +96,7 @@ def _flops(lengths: Sequence[tuple[int, int]], shape: AttentionShape) -> int:
 
 def write_cases(small: bool) -> list[Case]:
     """Rotating and writing, in each format."""
-    formats = MAIN if small else (*MAIN, *OTHERS)
+    formats = kv_formats(small) if small else (*MAIN, *OTHERS)
     return [
         Case(
             "small",

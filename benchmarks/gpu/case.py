@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gpu.machine import Machine
 
 STAGES = ("correctness", "ceilings", "attention", "linear", "small", "tuning", "engine")  # the most valuable first
+FIRST = ("correctness", "ceilings")  # without these other figures say little
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Case:
         run: measures it, and gives figures that JSON can hold.
         seconds: about as long as it may take on a card, compiling included.
         lasting: whether it is worth keeping. If not, it prepares the others of its stage in each run.
+        target: whether a target needs it.
     """
 
     stage: str
@@ -29,6 +31,12 @@ class Case:
     run: Callable[[Machine], Mapping[str, Any]] = field(compare=False)
     seconds: float = 10.0
     lasting: bool = True
+    target: bool = False
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """The order: what everything rests on, what the targets ask for, then the rest, each stage by stage."""
+        return not (self.target or self.stage in FIRST), STAGES.index(self.stage)
 
     @property
     def name(self) -> str:

@@ -35,6 +35,6 @@ def _product(kind: str, machine: Machine) -> Mapping[str, Any]:
         a, b = (machine.random_bytes(size, size).view(torch.int8) for _ in range(2))
         timing = measure(machine, [lambda: torch._int_mm(a, b.T)], 1.0)
     else:
-        x, y = (machine.random(size, size) for _ in range(2))
+        x, y = (machine.random(size, size, dtype=torch.bfloat16) for _ in range(2))
         timing = measure(machine, [lambda: x @ y.T], 1.0)
     return {"per_second": 2 * size**3 / timing.us * 1e6, "us": timing.us, "spread": timing.spread}

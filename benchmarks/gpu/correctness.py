@@ -147,7 +147,7 @@ def _embedding(machine: Machine) -> Mapping[str, Any]:
 
 def _sample(machine: Machine) -> Mapping[str, Any]:
     """The tokens are the reference's; where they are not, a draw nearby gives them."""
-    rows, vocab = (6, 50) if machine.small else (64, 128256)
+    rows, vocab = (24, 50) if machine.small else (64, 128256)
     logits = 3 * torch.randn(rows, vocab)
     cycle = torch.arange(rows)
     params = SamplingBatch(

@@ -23,13 +23,15 @@ from kvant.kernels.reference import ReferenceOps
 HEADS = (Heads(32, 8, 128), Heads(8, 8, 128), Heads(14, 2, 64))
 DECODES = ((0, 1), (1, 1), (62, 1), (63, 1), (64, 1), (1000, 1), (4095, 1))
 MIXED = ((0, 1), (0, 70), (300, 1), (129, 200), (1023, 1))
-_SMALL_HEADS, _SMALL = (Heads(4, 2, 32),), ((0, 1), (3, 5), (70, 1))
+_SMALL_HEADS, _SMALL = (Heads(4, 2, 32), Heads(2, 2, 32)), (((0, 1), (70, 1)), ((0, 1), (3, 5), (70, 1)))
 
 
 def cases(small: bool) -> list[Case]:
     """Each format: attention, and rotating and writing."""
     found = []
     for name in KV_FORMATS:
+        if small and name == "bf16":  # Triton's interpreter cannot multiply it
+            continue
         for op, run in (("attention", _attention), ("rope_write_kv", _write)):
             found.append(Case("correctness", {"op": op, "format": name}, partial(run, name), 15))
     return found
@@ -39,7 +41,7 @@ def _attention(name: str, machine: Machine) -> Mapping[str, Any]:
     verdicts = {}
     for heads in _SMALL_HEADS if machine.small else HEADS:
         plain = AttentionShape(heads.queries, heads.kv, heads.dim, heads.dim**-0.5)
-        for lengths in (_SMALL,) if machine.small else (DECODES, MIXED):
+        for lengths in _SMALL if machine.small else (DECODES, MIXED):
             scene = written_scene(machine, name, heads, lengths)
             q = machine.random(scene.batch.query_starts[-1], heads.queries, heads.dim)
             for shape in (plain, replace(plain, window=100, softcap=20.0)):
@@ -73,7 +75,7 @@ def _attended(scene: Scene, q: Tensor, shape: AttentionShape) -> Tensor:
 def _write(name: str, machine: Machine) -> Mapping[str, Any]:
     verdicts = {}
     for heads in _SMALL_HEADS if machine.small else HEADS:
-        for lengths in (_SMALL,) if machine.small else (DECODES, MIXED):
+        for lengths in _SMALL if machine.small else (DECODES, MIXED):
             scene = written_scene(machine, name, heads, lengths)
             label = f"{heads.queries}/{heads.kv}/{heads.dim} {scene.batch.query_starts[-1]} tokens"
             verdicts |= {f"{label} {part}": v for part, v in _written(machine, scene, heads).items()}

@@ -18,7 +18,7 @@ from gpu.case import Case
 from gpu.lengths import Lengths, chat_lengths
 from gpu.machine import Machine
 from gpu.scenes import BLOCK_SIZE, made_up_plan, plan_on
-from gpu.shapes import CONFIGS, spec_of
+from gpu.shapes import CONFIGS, kv_formats, spec_of
 from gpu.weights import decoder_weights
 from kvant.cache.blocks import Paging
 from kvant.config import EngineConfig, SamplingParams
@@ -28,7 +28,6 @@ from kvant.formats.kv import KVPlan
 from kvant.models.decoder import Decoder
 from kvant.weights.load import LoadedModel
 
-MAIN = ("bf16", "int8", "int4")
 BATCHES = (1, 4, 16, 32, 64, 100)  # with 1024 new tokens each
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # of one sequence
 POOLS = (4, 16)  # GiB for the KV cache, whatever its format
@@ -66,21 +65,25 @@ def cases(small: bool) -> list[Case]:
 
 def _decode_cases(small: bool) -> Iterator[Case]:
     models = ("llama-2-7b", "qwen-7b") if small else tuple(CONFIGS)
-    setups = [Setup(model, weights, "bf16") for model in models for weights in ("w4", "bf16")]
+    plain, *few = kv_formats(small)
+    setups = [Setup(model, weights, plain) for model in models for weights in ("w4", "bf16")]
     if not small:
-        setups[1:1] = [Setup("llama-2-7b", "w4", kv) for kv in MAIN[1:]]
+        setups[1:1] = [Setup("llama-2-7b", "w4", kv) for kv in few]
         setups.append(Setup("llama-2-7b", "w4", "bf16", head="w8"))
+        setups += [Setup("llama-2-7b", weights, "bf16") for weights in ("w8", "w8a8")]
     for setup in setups:
-        yield Case("engine", {"what": "decode", **setup.tags}, partial(decode, setup), 45)
+        target = setup == Setup("llama-2-7b", "w4", plain)
+        yield Case("engine", {"what": "decode", **setup.tags}, partial(decode, setup), 45, target=target)
 
 
 def _throughput_cases(small: bool) -> Iterator[Case]:
     for model, pool in (("llama-2-7b", POOLS[0]), ("llama-2-7b", POOLS[1]), ("llama-3-8b", POOLS[0])):
-        for kv in MAIN:
+        for kv in kv_formats(small):
             setup = Setup(model, "w4", kv)
             if not small or (model, pool) == ("llama-2-7b", POOLS[0]):
                 tags = {"what": "throughput", **setup.tags, "pool_gib": pool}
-                yield Case("engine", tags, partial(throughput, setup, pool), 90)
+                target = (model, pool) == ("llama-2-7b", POOLS[0])
+                yield Case("engine", tags, partial(throughput, setup, pool), 90, target=target)
 
 
 def _memory_cases(small: bool) -> Iterator[Case]:
@@ -90,7 +93,8 @@ def _memory_cases(small: bool) -> Iterator[Case]:
     for weights, kv, batch in points[:2] if small else points:
         setup = Setup("qwen-7b", weights, kv)
         tags = {"what": "memory", **setup.tags, "batch": batch, "new": 1024}
-        yield Case("engine", tags, partial(memory, setup, batch, 1024), 60)
+        target = (weights, kv, batch) in first
+        yield Case("engine", tags, partial(memory, setup, batch, 1024), 60, target=target)
     for weights, kv in () if small else pairs:
         for length in LENGTHS:
             if length != 1024:  # it is among the batches
@@ -103,7 +107,7 @@ def decode(setup: Setup, machine: Machine) -> Mapping[str, Any]:
     """One sequence from a prompt of one token: 512 new ones a second."""
     new = 5 if machine.small else 512
     made = _make(machine, setup)
-    core = _core(machine, made.model, setup, [Lengths(1, new)])
+    core = core_of(machine, made.model, setup.kv, [Lengths(1, new)])
     run_requests(core, [Lengths(1, min(new, 16))])  # compiles and captures what the steps launch
     served = run_requests(core, [Lengths(1, new)])
     return {
@@ -130,7 +134,7 @@ def throughput(setup: Setup, pool_gib: int, machine: Machine) -> Mapping[str, An
     requests = chat_lengths(6, shrink=40) if machine.small else chat_lengths(128 * pool_gib if pool_gib < 8 else 1024)
     made = _make(machine, setup)
     pool = 1 << 20 if machine.small else pool_gib << 30
-    core = _core(machine, made.model, setup, requests, kv_cache_memory=pool, max_num_seqs=512)
+    core = core_of(machine, made.model, setup.kv, requests, kv_cache_memory=pool, max_num_seqs=512)
     run_requests(core, [Lengths(8, 4)] * 3)
     served = run_requests(core, requests, while_queued=True)
     return {
@@ -150,7 +154,7 @@ def memory(setup: Setup, batch: int, new: int, machine: Machine) -> Mapping[str,
     batch, new = (3, 4) if machine.small else (batch, new)
     made = _make(machine, setup)
     requests = [Lengths(1, new - 1)] * batch  # together `new` tokens in the cache
-    core = _core(machine, made.model, setup, requests)
+    core = core_of(machine, made.model, setup.kv, requests)
     machine.tidy()  # what finding the free memory took
     if machine.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -177,21 +181,25 @@ def _make(machine: Machine, setup: Setup) -> Made:
 def _new_model(machine: Machine, setup: Setup) -> Made:
     spec = spec_of(setup.model, machine.small)
     weights, size = decoder_weights(machine, spec, setup.weights, setup.head)
+    return Made(model_of(machine, Decoder(spec, weights, machine.ops)), size)
+
+
+def model_of(machine: Machine, decoder: Decoder) -> LoadedModel:
+    """A decoder as an engine takes it; there is no checkpoint."""
     source: Any = SimpleNamespace(path=Path("random"), config={}, generation={}, metadata={})
-    model = LoadedModel(Decoder(spec, weights, machine.ops), source, torch.bfloat16, (), None)
-    return Made(model, size)
+    return LoadedModel(decoder, source, machine.dtype, (), None)
 
 
-def _core(machine: Machine, model: LoadedModel, setup: Setup, requests: Sequence[Lengths], **different: Any) -> Core:
+def core_of(machine: Machine, model: LoadedModel, kv: str, requests: Sequence[Lengths], **different: Any) -> Core:
     """An engine with room for these requests at once, unless told otherwise."""
     machine.tidy()
     spec = model.spec
-    layer = plan_on(machine, made_up_plan(setup.kv, spec.num_kv_heads, spec.head_dim))
-    plan = KVPlan(setup.kv, (layer,) * len(spec.layers))
+    layer = plan_on(machine, made_up_plan(kv, spec.num_kv_heads, spec.head_dim))
+    plan = KVPlan(kv, (layer,) * len(spec.layers))
     longest = max(max(request.prompt + request.output for request in requests), 64)
     settings: dict[str, Any] = {
-        "dtype": "bfloat16",
-        "kv_cache_dtype": setup.kv,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "kv_cache_dtype": kv,
         "max_model_len": longest + 1,
         "max_num_seqs": len(requests),
         "max_num_batched_tokens": _CHUNK,

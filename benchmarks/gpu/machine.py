@@ -28,6 +28,7 @@ class Machine:
     Attributes:
         card: as the driver names it; on a CPU, what computes there.
         small: miniatures, and few of them: everything runs, nothing is measured.
+        dtype: of activations; bfloat16 on a card, which Triton's interpreter multiplies as if it were integers.
         rotates: whether calls are measured on inputs that no cache holds; see `timing.rotated`.
         kept: the one large thing that several cases in a row use, and what it is.
         tuned: the (op, key) pairs whose configurations are known, and not to be measured again.
@@ -37,6 +38,7 @@ class Machine:
     card: str
     ops: Ops
     small: bool
+    dtype: torch.dtype = torch.float16
     rotates: bool = True
     kept: dict[Hashable, Any] = field(default_factory=dict)
     tuned: set[tuple[str, str]] = field(default_factory=set)
@@ -45,13 +47,14 @@ class Machine:
     def here(cls, small: bool) -> Machine:
         """The first card, or the CPU where there is none."""
         cuda = torch.cuda.is_available()
+        device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         ops: Ops = ReferenceOps()
         if launch.runs_here():
             from kvant.kernels.triton.ops import TritonOps
 
-            ops = TritonOps()
-        card = torch.cuda.get_device_name(0) if cuda else f"cpu {ops.name}"
-        return cls(torch.device("cuda" if cuda else "cpu"), card, ops, small)
+            ops = TritonOps(device) if cuda else TritonOps()
+        card = torch.cuda.get_device_name(device) if cuda else f"cpu {ops.name}"
+        return cls(device, card, ops, small, torch.bfloat16 if cuda else torch.float16)
 
     @property
     def cuda(self) -> bool:
@@ -65,9 +68,9 @@ class Machine:
             return 0
         return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)) or _USUAL_L2
 
-    def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Normally distributed; never zeros, which make cards run faster."""
-        return torch.randn(*shape, dtype=torch.float32, device=self.device).to(dtype)
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normally distributed, of the activations' type; never zeros, which make cards run faster."""
+        return torch.randn(*shape, dtype=torch.float32, device=self.device).to(dtype or self.dtype)
 
     def random_bytes(self, *shape: int) -> Tensor:
         """[*shape] uint8."""

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu import attention, ceilings, correctness, correctness_kv, engine, linear, small_ops, tune
+from gpu import attention, ceilings, correctness, correctness_engine, correctness_kv, engine, linear, small_ops, tune
 from gpu.case import STAGES, Case
 from gpu.machine import Machine
 from gpu.results import Results
@@ -17,9 +17,9 @@ from gpu.results import Results
 
 def all_cases(small: bool) -> list[Case]:
     """In the order of their worth."""
-    makers = (correctness, correctness_kv, ceilings, attention, linear, small_ops, tune, engine)
+    makers = (correctness, correctness_kv, correctness_engine, ceilings, attention, linear, small_ops, tune, engine)
     found = [case for maker in makers for case in maker.cases(small)]
-    return sorted(found, key=lambda case: STAGES.index(case.stage))
+    return sorted(found, key=lambda case: case.rank)
 
 
 def left_to_do(cases: Sequence[Case], results: Results, machine: Machine, run: str, again: Sequence[str]) -> list[Case]:
@@ -49,8 +49,9 @@ def main() -> None:
         _append(results, machine, args.run, "environment", "environment", {}, {"figures": machine.describe()})
     only, again = (tuple(filter(None, text.split(","))) for text in (args.only, args.again))
     cases = [case for case in all_cases(args.small) if case.stage in (only or STAGES)]
-    stage = ""
-    for case in left_to_do(cases, results, machine, args.run, again):
+    stage, left = "", left_to_do(cases, results, machine, args.run, again)
+    print(f"{len(left)} of {len(cases)} cases are to be measured on {machine.card}", flush=True)
+    for case in left:
         if time.time() + (0 if args.small else case.seconds) > args.deadline:
             continue
         if case.stage != stage:

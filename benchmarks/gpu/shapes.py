@@ -40,6 +40,17 @@ _TINY = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "num_h
 _TINY_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "kv_channels": 32, "head_dim": 32}
 
 
+def kv_formats(small: bool) -> tuple[str, str, str]:
+    """The KV formats that matter most: 16 bit, 8 and 4. Triton's interpreter cannot multiply bfloat16."""
+    return ("fp16" if small else "bf16"), "int8", "int4"
+
+
+def check_spec() -> ModelSpec:
+    """A small model with heads such as large ones have, which a CPU can compute too."""
+    sizes = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 2}
+    return model_spec(_LLAMA | sizes | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128})
+
+
 def spec_of(model: str, small: bool) -> ModelSpec:
     """A model's spec; the miniature's of its family where `small`."""
     config = dict(CONFIGS[model])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gpu.linear import CUBLAS
+from gpu.linear import CUBLAS, ROWS
 from gpu.view import NOT_MEASURED, View, ratio
 
 LAYERS = ("qkv", "out", "gate_up", "down")
@@ -83,12 +83,15 @@ def layer_fraction(view: View, model: str, fmt: str, rows: int) -> float | None:
 
 
 def worst_to_cublas(view: View) -> float | None:
-    """The least ratio of cuBLAS's time to that of int4, over what both were measured on."""
-    found = []
+    """The least ratio of cuBLAS's time to that of int4. Where some are missing, only one below 1 says something."""
+    found = {}
     for record in view.all("linear", format="w4"):
         tags = {**record["tags"], "format": CUBLAS}
-        found.append(ratio(view.us("linear", **tags), view.us("linear", **record["tags"])))
-    return min((value for value in found if value is not None), default=None)
+        place = tuple(record["tags"][name] for name in ("model", "layer", "rows"))
+        found[place] = ratio(view.us("linear", **tags), view.us("linear", **record["tags"]))
+    worst = min((value for value in found.values() if value is not None), default=None)
+    whole = all(found.get(("llama-2-7b", layer, rows)) for layer in LAYERS for rows in ROWS)
+    return worst if whole or (worst is not None and worst < 1) else None
 
 
 def _engine(view: View) -> Iterator[Target]:

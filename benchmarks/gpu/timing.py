@@ -77,7 +77,8 @@ def _launcher(calls: Sequence[Call]) -> tuple[Call, bool]:
     try:
         with torch.cuda.graph(graph):
             eager()
-    except Exception:  # what cannot be captured waits for the card, or takes memory from elsewhere
+    except Exception:  # what cannot be captured waits for the card
+        torch.cuda.set_stream(torch.cuda.default_stream())  # a failed capture does not always leave its own
         torch.cuda.synchronize()
         return eager, False
     graph.replay()

@@ -52,25 +52,36 @@ def packed(machine: Machine, fmt: WeightFormat, n: int, k: int) -> PackedWeight:
     return replace(weight, inputs=InputCodes()) if fmt.inputs else weight
 
 
-def decoder_weights(machine: Machine, spec: ModelSpec, body: str, head: str = "bf16") -> tuple[DecoderWeights, int]:
-    """A decoder with its layers in one format and its head in another, the embedding in bfloat16; and its bytes."""
+def decoder_weights(
+    machine: Machine, spec: ModelSpec, body: str, head: str = "bf16", drawn: Machine | None = None
+) -> tuple[DecoderWeights, int]:
+    """A decoder with its layers in one format and its head in another, the embedding in 16 bit; and its bytes.
+
+    Args:
+        machine: where it is to run.
+        spec: its shapes.
+        body: the format of its layers, of `WEIGHT_FORMATS`.
+        head: that of its head.
+        drawn: where its numbers are drawn, if not there.
+    """
     shapes = {shape.name: shape for shape in linear_shapes(spec)}
-    total = 0
+    source, total = drawn or machine, 0
 
     def linear(name: str, fmt: str, bias: bool = False) -> Linear:
         nonlocal total
-        weight = packed(machine, WEIGHT_FORMATS[fmt], shapes[name].n, shapes[name].k)
+        weight = packed(source, WEIGHT_FORMATS[fmt], shapes[name].n, shapes[name].k)
         total += weight.nbytes
-        return Linear(machine.ops.prepare(weight), machine.random(shapes[name].n) * 0.1 if bias else None)
+        added = (source.random(shapes[name].n) * 0.1).to(machine.device) if bias else None
+        return Linear(machine.ops.prepare(weight), added)
 
     def norm() -> torch.Tensor:
-        return 1 + 0.1 * machine.random(spec.hidden_size, dtype=torch.float32)
+        return (1 + 0.1 * source.random(spec.hidden_size, dtype=torch.float32)).to(machine.device)
 
     def layer() -> LayerWeights:
         attention = AttentionWeights(linear("qkv", body, bias=spec.family == "qwen"), linear("out", body))
         return LayerWeights(norm(), attention, norm(), MlpWeights(linear("gate_up", body), linear("down", body)))
 
-    embedding = PackedWeight.dense(machine.random(spec.vocab_size, spec.hidden_size))
+    embedding = PackedWeight.dense(source.random(spec.vocab_size, spec.hidden_size))
     total += embedding.nbytes
     layers = tuple(layer() for _ in spec.layers)
     weights = DecoderWeights(machine.ops.prepare(embedding), layers, norm(), linear("head", head))

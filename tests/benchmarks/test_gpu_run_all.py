@@ -9,11 +9,23 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from gpu import attention, case, correctness, correctness_kv, engine, linear, run_all, session, svg, tune
+from gpu import (
+    attention,
+    case,
+    correctness,
+    correctness_engine,
+    correctness_kv,
+    engine,
+    run_all,
+    session,
+    svg,
+    tune,
+)
 from gpu.checks import compare
 from gpu.lengths import Lengths, chat_lengths
 from gpu.machine import Machine
@@ -161,10 +173,11 @@ def _fields(batch):
     return {name: getattr(batch, name) for name in type(batch).__dataclass_fields__}
 
 
-@pytest.mark.parametrize("op", ["linear", "attention", "rope_write_kv", "sample"])
+@pytest.mark.parametrize("op", ["linear", "attention", "rope_write_kv", "sample", "engine"])
 def test_the_checks_see_small_mistakes(op):
-    cases = [c for c in (*correctness.cases(True), *correctness_kv.cases(True)) if c.tags["op"] == op]
-    cases = [c for c in cases if c.tags.get("format") in (None, "bf16", "int4", "w4")]
+    makers = (correctness, correctness_kv, correctness_engine)
+    cases = [c for maker in makers for c in maker.cases(True) if c.tags["op"] == op]
+    cases = [c for c in cases if c.tags.get("format") in (None, "fp16", "int4", "w4")]
     assert all(one.run(machine())["right"] for one in cases)
     assert not any(one.run(machine(Wrong()))["right"] for one in cases)
 
@@ -322,6 +335,7 @@ def test_pictures_hold_all_series():
     picture = svg.lines("a < b", {"one": [(1, 2.0), (16, 4.0)], "two": [(1, 1.0)]}, "rows", "%")
     assert picture.count("<polyline") == 2
     assert "a &lt; b" in picture
+    ElementTree.fromstring(picture)
     assert svg.bars("t", [("x", 1.0), ("y", 0.0)], "%", 2.0).count("<rect") == 3
 
 
@@ -337,7 +351,7 @@ def test_chats_have_the_lengths_they_should():
 def test_serving_while_requests_wait_leaves_nothing_behind():
     here = machine()
     made = engine._make(here, engine.Setup("llama-2-7b", "w4", "int8"))
-    core = engine._core(here, made.model, engine.Setup("llama-2-7b", "w4", "int8"), [Lengths(3, 9)] * 2)
+    core = engine.core_of(here, made.model, "int8", [Lengths(3, 9)] * 2)
     served = engine.run_requests(core, [Lengths(3, 20)] * 5, while_queued=True)
     assert 0 < served.tokens < 100
     assert not core.has_work()
@@ -345,6 +359,9 @@ def test_serving_while_requests_wait_leaves_nothing_behind():
     assert (whole.tokens, whole.finished) == (20, 5)
 
 
-def test_linear_points_of_the_targets_come_first():
-    first = [(fmt, rows) for _, _, fmt, rows in linear.points(small=False)][:16]
-    assert set(first) == {(fmt, rows) for fmt in ("cublas", "w4") for rows in (1, 16)}
+def test_what_targets_need_comes_before_the_rest():
+    order = [one for one in session.all_cases(small=False) if one.stage not in case.FIRST]
+    wanted = [one.target for one in order]
+    assert wanted == sorted(wanted, reverse=True)
+    count = {stage: sum(one.target for one in order if one.stage == stage) for stage in case.STAGES}
+    assert (count["attention"], count["linear"], count["engine"]) == (6, 16, 6)

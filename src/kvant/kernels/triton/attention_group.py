@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvant.kernels.triton.attention_parts import part_of
+from kvant.kernels.triton.attention_parts import decoded_length, part_of
 from kvant.kernels.triton.kv_centre import centre_scores, centre_terms, turn_speeds
 from kvant.kernels.triton.kv_tiles import capped, places, shaped_query, vectors, width_of
 
@@ -26,7 +26,8 @@ def attend_group(
     sequence, split = tl.program_id(0), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head, member = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS * ROWS
-    low, end, begin = part_of(tl.load(lengths + sequence), split, WINDOW, SINKS, TILE, SPLITS)
+    length = decoded_length(starts, lengths, sequence)
+    low, end, begin = part_of(length, split, WINDOW, SINKS, TILE, SPLITS)
     if low >= end:
         return
     K_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(width_of(K_KIND, DIM)))

@@ -12,6 +12,15 @@ import triton.language as tl
 
 from kvant.kernels.triton.kv_tiles import capped, hadamard, sink_rows
 
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def decoded_length(starts, lengths, sequence):
+    """The context of a sequence that has one new token; 0 of any other."""
+    count = tl.load(starts + sequence + 1) - tl.load(starts + sequence)
+    return tl.where(count == 1, tl.load(lengths + sequence), 0)
+
 
 @triton.jit
 def part_of(length, split, WINDOW: tl.constexpr, SINKS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr):
@@ -34,7 +43,9 @@ def merge(
     """The parts of a query head's context, and its sinks, put together: its output."""
     sequence, head = tl.program_id(0), tl.program_id(1)
     kv_head = head // (HEADS // KV_HEADS)
-    length = tl.load(lengths + sequence)
+    length = decoded_length(starts, lengths, sequence)
+    if length == 0:
+        return
     PADDED: tl.constexpr = triton.next_power_of_2(DIM)
     PARTS: tl.constexpr = triton.next_power_of_2(SPLITS)
     part, column = tl.arange(0, PARTS), tl.arange(0, PADDED)
@@ -68,6 +79,5 @@ def merge(
         sink_weights = tl.where(seen, tl.exp2(scores - top), 0.0)
         total += tl.sum(sink_weights, 0)
         mixed += tl.sum(sink_values * sink_weights[:, None], 0)
-    mixed = tl.where(total > 0, mixed / total, 0.0)
     token = tl.load(starts + sequence).to(tl.int64)
-    tl.store(out + (token * HEADS + head) * DIM + column, mixed.to(out.dtype.element_ty), inside)
+    tl.store(out + (token * HEADS + head) * DIM + column, (mixed / total).to(out.dtype.element_ty), inside)

@@ -22,6 +22,7 @@ from kvant.formats.kv_codecs import (
 from kvant.formats.kv_stats import LayerStats, polynomials
 
 _DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TORCH_TYPES = {ours: theirs for theirs, ours in _DOT_TYPES.items()}
 _STATIC_KINDS = {torch.int8: "s8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 

@@ -57,15 +57,6 @@ def nibbles(raw, TYPE: tl.constexpr):
 
 
 @triton.jit
-def raised_nibbles(raw):
-    """The low and the high 4 bits c of bytes as float32 1 + c / 128: what takes the fewest instructions."""
-    wide = raw.to(tl.uint32)
-    low = ((wide & 15) << 16) | 0x3F800000
-    high = ((wide >> 4) << 16) | 0x3F800000
-    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def half_of(bits):
     """The float32 of float16's bits in the low half of an int32."""
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -11,7 +11,7 @@ from kvant.formats.kv import KVLayer
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 from kvant.kernels.reference import CPU, ReferenceOps
-from kvant.kernels.triton import attention_decode, embedding, gated, kv_write, linear, norm, sample, weights
+from kvant.kernels.triton import attention, embedding, gated, kv_write, linear, norm, sample, weights
 from kvant.kernels.triton.tuning import Tuning
 
 
@@ -58,10 +58,7 @@ class TritonOps(ReferenceOps):
         return kv_write.rope_write_kv(q, k, v, rotary, cache, batch, config)
 
     def attention(self, q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
-        if len(q) == len(batch.context_lens) and shape.head_dim & (shape.head_dim - 1) == 0:
-            config = self._tuning.pick(attention_decode, q, cache, batch, shape)
-            return attention_decode.attention_decode(q, cache, batch, shape, config)
-        return super().attention(q, cache, batch, shape)
+        return attention.attention(q, cache, batch, shape, self._tuning)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         return gated.gated(x, activation)
