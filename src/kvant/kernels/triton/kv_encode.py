@@ -117,9 +117,12 @@ def hadamard(x, LEVELS: tl.constexpr):
 def store_vectors(x, at, head, kept, codes, meta, side, WIDTH: tl.constexpr):
     """Store x where `kept`; `codes` and `meta` [tokens] point to where the planes have each token's vector."""
     if side.steps == "none":
-        largest: tl.constexpr = _largest(codes.dtype.element_ty)
         inside = kept[:, None] & (at < WIDTH)[None, :]
-        tl.store(codes[:, None] + at[None, :], _bounded(x, -largest, largest).to(codes.dtype.element_ty), inside)
+        if codes.dtype.element_ty == tl.float16:
+            x = _bounded(x, -65504.0, 65504.0)
+        elif codes.dtype.element_ty == tl.bfloat16:
+            x = _bounded(x, -3.3895313892515355e38, 3.3895313892515355e38)
+        tl.store(codes[:, None] + at[None, :], x.to(codes.dtype.element_ty), inside)
     else:
         if side.steps == "affine":
             code = _affine(x, at, kept, meta, side, WIDTH)
@@ -261,12 +264,6 @@ def _static(aims, side):
         return float8(_bounded(aims, -57344.0, 57344.0), 2, 15)
     else:
         return rint(_bounded(aims, -127.0, 127.0))
-
-
-@triton.constexpr_function
-def _largest(dtype):
-    """The largest number of a float type."""
-    return {"fp16": 65504.0, "bf16": 3.3895313892515355e38, "fp32": 3.4028234663852886e38}[dtype.name]
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from kvant.kernels.triton.launch import Config, interpreted
 from kvant.kernels.triton.rounding import finite
 
 _SPAN = tl.constexpr(SINK_SPAN)
+_FEW = 128  # tokens: more than enough programs for a card
 
 
 def rope_write_kv(
@@ -39,7 +40,7 @@ def rope_write_kv(
     out = q if rotary is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
-    config = config or default(tokens)
+    config = config or default(tokens, width, cache)
     programs = 2 * k.shape[1] + (heads if rotary is not None else 0)
     _write[(triton.cdiv(tokens, config.blocks["TOKENS"]), programs)](
         *(_Vectors(x, *x.stride()[:2]) for x in (q, k, v, out)),
@@ -61,11 +62,25 @@ def rope_write_kv(
     return out
 
 
-def default(tokens: int) -> Config:
-    """Few tokens are spread over as many programs as can be; of many, each program takes some."""
-    some = 8 if tokens > 128 else 1
-    # The interpreter takes as long for a program of one token.
-    return Config({"TOKENS": 64 if interpreted() else some}, num_warps=1, num_stages=1)
+def key(tokens: int, width: int, cache: KVLayer) -> str:
+    """What the best configuration depends on."""
+    few = "few" if tokens <= _FEW else "many"
+    return f"{few} d{width} {cache.format.name}"
+
+
+def default(tokens: int, width: int, cache: KVLayer) -> Config:
+    """Few tokens are spread over as many programs as can be; of many, each program takes some, two to a warp."""
+    if interpreted():  # as fast for a program of many tokens as for one of one
+        return Config({"TOKENS": 64}, num_warps=1, num_stages=1)
+    if tokens <= _FEW:
+        return Config({"TOKENS": 1}, num_warps=1, num_stages=1)
+    return Config({"TOKENS": 8}, num_warps=4 if width <= 128 else 8, num_stages=1)
+
+
+def candidates(tokens: int, width: int, cache: KVLayer) -> list[Config]:
+    """What may be faster than the default."""
+    sizes = ((1, 1), (1, 2), (2, 1)) if tokens <= _FEW else ((4, 2), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16))
+    return [Config({"TOKENS": size}, num_warps=warps, num_stages=1) for size, warps in sizes]
 
 
 class _Vectors(NamedTuple):
@@ -85,7 +100,7 @@ class _Rotary(NamedTuple):
     half: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _write(
     q,
     k,

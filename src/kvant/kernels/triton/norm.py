@@ -108,7 +108,7 @@ def _launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm(
     x,
     residual,

@@ -54,7 +54,8 @@ class TritonOps(ReferenceOps):
         cache: KVLayer,
         batch: AttentionBatch,
     ) -> Tensor:
-        return kv_write.rope_write_kv(q, k, v, rotary, cache, batch)
+        config = self._tuning.pick(kv_write, len(q), q.shape[-1], cache)
+        return kv_write.rope_write_kv(q, k, v, rotary, cache, batch, config)
 
     def attention(self, q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Tensor:
         return attention.attention(q, cache, batch, shape, self._tuning)

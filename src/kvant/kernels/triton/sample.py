@@ -44,7 +44,7 @@ def _launch(logits: Tensor, numbers: tuple[Tensor, ...] | None) -> Tensor:
 # In kernels, what belongs to a row is a column [ROWS, 1]; `at` [1, BLOCK] are the tokens of a piece of the vocabulary.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _sample(logits, stride, numbers, tokens, count, vocab, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     live, at = row < count, tl.arange(0, BLOCK)[None, :]
