@@ -55,7 +55,9 @@ def main() -> None:
         if time.time() + (0 if args.small else case.seconds) > args.deadline:
             continue
         if case.stage != stage:
+            machine.kept.clear()
             machine, stage = Machine.here(args.small), case.stage  # its ops know what was tuned
+            machine.tidy()
             machine.tuned = _tuned(results, machine, args.run if "tuning" in again else None)
         _measure(case, machine, results, args.run)
 

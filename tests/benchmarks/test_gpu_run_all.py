@@ -253,6 +253,25 @@ def test_tuning_takes_the_fastest_that_is_right(tmp_path, monkeypatch):
     assert tune.tuned(lambda _: work, here) == {"kernels": []}  # known by now
 
 
+def test_workers_that_compile_share_the_candidates(monkeypatch):
+    module = fake_kernel()
+    work = tune.Workload([lambda: module.run(torch.ones(3))], 1)
+
+    def fails(machine: Machine) -> tune.Workload:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(tune, "tunable_modules", lambda: [module])
+    monkeypatch.setattr(
+        tune, "points", lambda small: [({}, fails), ({}, lambda machine: work), ({}, lambda machine: work)]
+    )
+    for index in range(2):
+        tune.compile_share(index, 2, set())
+    assert module.ran == [4, 4, 8, 4, 4, 2, 16, 4]  # the default first at each point, then one's share at the first
+    module.ran.clear()
+    tune.compile_share(0, 2, {("fake", "m3")})
+    assert module.ran == [4, 4]
+
+
 def record(stage: str, figures: dict, card: str = "NVIDIA H200", **tags: object) -> dict:
     name = "/".join([stage, *map(str, tags.values())])
     head = {"name": name, "stage": stage, "tags": tags, "card": card, "small": False, "run": "r", "seconds": 1.0}
