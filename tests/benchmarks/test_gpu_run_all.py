@@ -111,7 +111,7 @@ def test_the_deadline_ends_it_without_a_result(tmp_path):
     assert not (tmp_path / "results.jsonl").exists()
 
 
-def test_a_session_goes_on_where_another_was_stopped(tmp_path):
+def test_a_session_goes_on_where_another_was_stopped(tmp_path, monkeypatch):
     results, here = Results(tmp_path), machine()
     cases = [case.Case("linear", {"rows": rows}, lambda machine: {"us": 1.0}) for rows in (1, 2, 3)]
     cases.insert(0, case.Case("linear", {"what": "prepare"}, lambda machine: {}, lasting=False))
@@ -127,6 +127,9 @@ def test_a_session_goes_on_where_another_was_stopped(tmp_path):
     assert [c.name for c in session.left_to_do(cases, results, here, "run 1", ())] == []
     assert [c.name for c in session.left_to_do(cases, results, here, "run 2", ())] == ["linear/prepare", "linear/4"]
     assert len(session.left_to_do(cases, results, here, "run 2", ("linear",))) == 5
+    assert len(session.left_to_do(cases, results, here, "run 2", (), changed=True)) == 2
+    monkeypatch.setattr("gpu.results.code_digest", lambda stage: "other code")
+    assert len(session.left_to_do(cases, results, here, "run 2", (), changed=True)) == 5
     other = Machine(here.device, "another card", here.ops, small=True)
     assert len(session.left_to_do(cases, results, other, "run 2", ())) == 5
 
