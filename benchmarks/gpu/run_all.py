@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["correctness", "ceilings", "attention", "linear", "small", "tuning", "engine"]
-REPORT_SECONDS = 10
+REPORT_SECONDS = 20
 _POLL = 0.2
 
 

@@ -333,6 +333,7 @@ def test_the_report_says_what_is_met_missed_and_not_measured(tmp_path):
         "torch 2.11, triton 3.6, commit abc",
         "![attention](nvidia-h200-attention.svg)",
         "![memory](nvidia-h200-memory.svg)",
+        "![throughput](nvidia-h200-throughput.svg)",
     ):
         assert line in page
     (document,) = json.loads((tmp_path / "report.json").read_text())
