@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gpu.case import Case
-from gpu.lengths import Lengths, chat_lengths
+from gpu.lengths import OUTPUT_MEAN, PROMPT_MEAN, Lengths, chat_lengths
 from gpu.machine import Machine
 from gpu.scenes import BLOCK_SIZE, made_up_plan, plan_on
 from gpu.shapes import CONFIGS, kv_formats, spec_of
@@ -24,7 +24,7 @@ from kvant.cache.blocks import Paging
 from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.core import Core
 from kvant.engine.sequence import Failure, Request, TokenEvent
-from kvant.formats.kv import KVPlan
+from kvant.formats.kv import KV_FORMATS, KVPlan
 from kvant.models.decoder import Decoder
 from kvant.weights.load import LoadedModel
 
@@ -131,9 +131,9 @@ def throughput(setup: Setup, pool_gib: int, machine: Machine) -> Mapping[str, An
 
     Measured until the last one has left the queue: after that the cache is not what limits it.
     """
-    requests = chat_lengths(6, shrink=40) if machine.small else chat_lengths(128 * pool_gib if pool_gib < 8 else 1024)
-    made = _make(machine, setup)
     pool = 1 << 20 if machine.small else pool_gib << 30
+    requests = chat_lengths(6, shrink=40) if machine.small else chat_lengths(_requests(setup.model, pool))
+    made = _make(machine, setup)
     core = core_of(machine, made.model, setup.kv, requests, kv_cache_memory=pool, max_num_seqs=512)
     run_requests(core, [Lengths(8, 4)] * 3)
     served = run_requests(core, requests, while_queued=True)
@@ -147,6 +147,12 @@ def throughput(setup: Setup, pool_gib: int, machine: Machine) -> Mapping[str, An
         "pool_tokens": core.memory.tokens,
         "preemptions": core.stats().preemptions,
     }
+
+
+def _requests(model: str, pool: int) -> int:
+    """Four times as many as the pool holds at once in 4 bit: for all formats the same."""
+    per_token = KV_FORMATS["int4"].bytes_per_token(spec_of(model, small=False).kv_shape)
+    return int(4 * pool / per_token / (PROMPT_MEAN + OUTPUT_MEAN / 2))
 
 
 def memory(setup: Setup, batch: int, new: int, machine: Machine) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ LEGEND = (
     "A call's time is the median of launches of a CUDA graph, on inputs that no cache holds; * where the host launched "
     "each call. Beside it: how much of the floor that is (the bytes at the copy bandwidth or the operations at their "
     "rate, whichever takes longer), and times as fast as 16 bit (attention) or as cuBLAS in bfloat16 (linear layers)."
+)
+
+
+SERVED = (
+    ("decode", "tokens_per_second", "One sequence, prompt 1, 512 new"),
+    ("throughput", "output_tokens_per_second", "Throughput in equal memory"),
 )
 
 
@@ -70,9 +76,18 @@ def pictures(view: View) -> Iterator[tuple[str, str]]:
     series = _linear_lines(view)
     if series:
         yield "linear", svg.lines("A layer's projections: of the floor", series, "rows", "%")
+    for what, figure, title in SERVED:
+        rows = [(_served(r["tags"]), r["figures"][figure]) for r in view.all("engine", what=what) if "figures" in r]
+        if rows:
+            yield what, svg.bars(title, rows, " tok/s")
     series = _memory_lines(view)
     if series:
         yield "memory", svg.lines("Qwen-7B, 1024 tokens each", series, "batch", "GB")
+
+
+def _served(tags: Mapping[str, Any]) -> str:
+    pool = f", {tags['pool_gib']} GiB" if "pool_gib" in tags else ""
+    return f"{tags['model']} {tags['weights']}, KV {tags['kv']}{pool}"
 
 
 def _linear_lines(view: View) -> dict[str, list[tuple[float, float]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -9,12 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import kvant
+
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Results:
-    """The file of a directory. A record has name, stage, tags, card, small, run, seconds, and figures or an error."""
+    """The file of a directory.
+
+    A record has name, stage, tags, card, small, run, code (which made it), seconds, and figures or an error.
+    """
 
     directory: Path
 
@@ -36,13 +42,23 @@ class Results:
             return []
         return [found for line in self.path.read_text(encoding="utf-8").splitlines() if (found := _parsed(line))]
 
-    def done(self, card: str, small: bool) -> set[str]:
-        """The names that were measured on this card, in this size."""
-        return {r["name"] for r in self.records() if (r["card"], r["small"]) == (card, small) and "figures" in r}
+    def done(self, card: str, small: bool, changed: bool = False) -> set[str]:
+        """The names that were measured on this card, in this size; where `changed`, by the code that is here now."""
+        found = [r for r in self.records() if (r["card"], r["small"]) == (card, small) and "figures" in r]
+        now = {stage: code_digest(stage) for stage in {r["stage"] for r in found}} if changed else {}
+        return {r["name"] for r in found if not changed or r.get("code") == now[r["stage"]]}
 
     def of_run(self, run: str) -> set[str]:
         """The names that this run has measured, or has failed to."""
         return {record["name"] for record in self.records() if record["run"] == run}
+
+
+def code_digest(stage: str) -> str:
+    """A short name of kvant's code as a stage runs it: with the tables of configurations, unless it makes them."""
+    found, root = hashlib.sha256(), Path(kvant.__file__).parent
+    for path in sorted(root.rglob("*.py")) + ([] if stage == "tuning" else sorted(root.rglob("tuned/*.json"))):
+        found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def latest(records: Iterable[Record]) -> list[Record]:

@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["correctness", "ceilings", "attention", "linear", "small", "tuning", "engine"]
-REPORT_SECONDS = 10
+REPORT_SECONDS = 20
 _POLL = 0.2
 
 
@@ -56,6 +56,7 @@ def parsed() -> argparse.Namespace:
         metavar="STAGES",
         help="measure again what is there: all, or these stages",
     )
+    parser.add_argument("--changed", action="store_true", help="measure again what other code of kvant has measured")
     parser.add_argument("--small", action="store_true", help="miniature shapes: does everything run?")
     parser.add_argument("--most-crashes", type=int, default=20, help="processes that may crash or hang")
     args = parser.parse_args()
@@ -67,8 +68,9 @@ def parsed() -> argparse.Namespace:
 
 def command(args: argparse.Namespace, run: str, deadline: float) -> list[str]:
     """The process that measures."""
+    flags = [f"--{name}" for name in ("small", "changed") if getattr(args, name)]
     options = ["--run", run, "--deadline", str(deadline), "--only", args.only, "--again", args.again]
-    return [sys.executable, "-m", "gpu.session", str(args.out), *options, *(["--small"] if args.small else [])]
+    return [sys.executable, "-m", "gpu.session", str(args.out), *options, *flags]
 
 
 def environment() -> dict[str, str]:

@@ -118,7 +118,8 @@ def filled_scene(machine: Machine, fmt: str, heads: Heads, lengths: Sequence[tup
     tables = _tables([paging.blocks_for(context) for context in contexts])
     store = allocate(machine, KVShape(1, heads.kv, heads.dim), plan, int(tables.max()) + 1, BLOCK_SIZE)
     template = _template(fmt, heads).to(machine.device)
-    store.blocks.copy_(template[torch.arange(store.num_blocks, device=machine.device) % (_TEMPLATE_BLOCKS - 1) + 1])
+    for index in range(1, _TEMPLATE_BLOCKS):
+        store.blocks[index - 1 :: _TEMPLATE_BLOCKS - 1] = template[index]
     store.blocks[tables[:, 0].to(machine.device)] = template[0]  # where the sinks are
     return Scene(store.layers[0], batch_on(machine, lengths, tables, paging))
 

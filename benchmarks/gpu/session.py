@@ -12,7 +12,7 @@ from pathlib import Path
 from gpu import attention, ceilings, correctness, correctness_engine, correctness_kv, engine, linear, small_ops, tune
 from gpu.case import STAGES, Case
 from gpu.machine import Machine
-from gpu.results import Results
+from gpu.results import Results, code_digest
 
 
 def all_cases(small: bool) -> list[Case]:
@@ -22,16 +22,17 @@ def all_cases(small: bool) -> list[Case]:
     return sorted(found, key=lambda case: case.rank)
 
 
-def left_to_do(cases: Sequence[Case], results: Results, machine: Machine, run: str, again: Sequence[str]) -> list[Case]:
-    """Cases without figures, those of the stages `again` included; what this run has tried is not tried twice."""
-    done, tried = results.done(machine.card, machine.small), results.of_run(run)
-    left = [c for c in cases if c.name not in tried and (c.name not in done or c.stage in again)]
-    useful = {case.stage for case in left if case.lasting}
-    return [case for case in cases if (case in left and case.lasting) or _prepares(case, useful, tried)]
+def left_to_do(
+    cases: Sequence[Case], results: Results, machine: Machine, run: str, again: Sequence[str], changed: bool = False
+) -> list[Case]:
+    """Cases without figures, and those of the stages `again`; what this run has tried is not tried twice.
 
-
-def _prepares(case: Case, useful: set[str], tried: set[str]) -> bool:
-    return not case.lasting and case.stage in useful and case.name not in tried
+    Where `changed`, figures of other code do not count. What prepares others is left where one of these is.
+    """
+    done, tried = results.done(machine.card, machine.small, changed), results.of_run(run)
+    untried = [case for case in cases if case.name not in tried]
+    useful = {c.stage for c in untried if c.lasting and (c.name not in done or c.stage in again)}
+    return [c for c in untried if c.stage in useful and (not c.lasting or c.name not in done or c.stage in again)]
 
 
 def main() -> None:
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, required=True, help="seconds since the epoch")
     parser.add_argument("--only", default="", help="stages, with commas")
     parser.add_argument("--again", default="", help="stages that are measured again")
+    parser.add_argument("--changed", action="store_true", help="figures of other code do not count")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     results, machine = Results(args.directory), Machine.here(args.small)
@@ -49,20 +51,26 @@ def main() -> None:
         _append(results, machine, args.run, "environment", "environment", {}, {"figures": machine.describe()})
     only, again = (tuple(filter(None, text.split(","))) for text in (args.only, args.again))
     cases = [case for case in all_cases(args.small) if case.stage in (only or STAGES)]
-    stage, left = "", left_to_do(cases, results, machine, args.run, again)
+    stage, left = "", left_to_do(cases, results, machine, args.run, again, args.changed)
     print(f"{len(left)} of {len(cases)} cases are to be measured on {machine.card}", flush=True)
     for case in left:
         if time.time() + (0 if args.small else case.seconds) > args.deadline:
             continue
         if case.stage != stage:
+            machine.kept.clear()
             machine, stage = Machine.here(args.small), case.stage  # its ops know what was tuned
-            machine.tuned = _tuned(results, machine, args.run if "tuning" in again else None)
+            machine.tidy()
+            machine.tuned = _tuned(results, machine, args)
         _measure(case, machine, results, args.run)
 
 
-def _tuned(results: Results, machine: Machine, run: str | None) -> set[tuple[str, str]]:
-    """What need not be tuned: what was, or what was in this run where all is to be tuned again."""
-    records = [r for r in results.records() if r["small"] == machine.small and run in (None, r["run"])]
+def _tuned(results: Results, machine: Machine, args: argparse.Namespace) -> set[tuple[str, str]]:
+    """What need not be tuned: what was; only what this run has, or this code, where others do not count."""
+    records = [record for record in results.records() if record["small"] == machine.small]
+    if "tuning" in args.again:
+        records = [record for record in records if record["run"] == args.run]
+    elif args.changed:
+        records = [record for record in records if record.get("code") == code_digest("tuning")]
     return tune.keys_of(records, machine.card)
 
 
@@ -89,7 +97,7 @@ def _measure(case: Case, machine: Machine, results: Results, run: str) -> None:
 
 def _append(results: Results, machine: Machine, run: str, name: str, stage: str, tags: dict, rest: dict) -> None:
     head = {"name": name, "stage": stage, "tags": tags, "card": machine.card, "small": machine.small, "run": run}
-    results.append({**head, "seconds": 0.0, **rest})
+    results.append({**head, "code": code_digest(stage), "seconds": 0.0, **rest})
 
 
 def _brief(outcome: dict) -> str:

@@ -39,7 +39,7 @@ _FINALISTS = 3
 _SMALL = 2  # candidates that are tried of a miniature
 _GAIN = 1.02  # a default is left for what is so much faster
 _COMPILE_SECONDS = 150
-_WORKERS = 12  # processes that compile at the same time
+_WORKERS = 10  # processes that compile at the same time
 _TOLERANCE = 0.02
 
 

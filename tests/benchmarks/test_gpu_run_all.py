@@ -111,7 +111,7 @@ def test_the_deadline_ends_it_without_a_result(tmp_path):
     assert not (tmp_path / "results.jsonl").exists()
 
 
-def test_a_session_goes_on_where_another_was_stopped(tmp_path):
+def test_a_session_goes_on_where_another_was_stopped(tmp_path, monkeypatch):
     results, here = Results(tmp_path), machine()
     cases = [case.Case("linear", {"rows": rows}, lambda machine: {"us": 1.0}) for rows in (1, 2, 3)]
     cases.insert(0, case.Case("linear", {"what": "prepare"}, lambda machine: {}, lasting=False))
@@ -127,6 +127,9 @@ def test_a_session_goes_on_where_another_was_stopped(tmp_path):
     assert [c.name for c in session.left_to_do(cases, results, here, "run 1", ())] == []
     assert [c.name for c in session.left_to_do(cases, results, here, "run 2", ())] == ["linear/prepare", "linear/4"]
     assert len(session.left_to_do(cases, results, here, "run 2", ("linear",))) == 5
+    assert len(session.left_to_do(cases, results, here, "run 2", (), changed=True)) == 2
+    monkeypatch.setattr("gpu.results.code_digest", lambda stage: "other code")
+    assert len(session.left_to_do(cases, results, here, "run 2", (), changed=True)) == 5
     other = Machine(here.device, "another card", here.ops, small=True)
     assert len(session.left_to_do(cases, results, other, "run 2", ())) == 5
 
@@ -253,6 +256,25 @@ def test_tuning_takes_the_fastest_that_is_right(tmp_path, monkeypatch):
     assert tune.tuned(lambda _: work, here) == {"kernels": []}  # known by now
 
 
+def test_workers_that_compile_share_the_candidates(monkeypatch):
+    module = fake_kernel()
+    work = tune.Workload([lambda: module.run(torch.ones(3))], 1)
+
+    def fails(machine: Machine) -> tune.Workload:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(tune, "tunable_modules", lambda: [module])
+    monkeypatch.setattr(
+        tune, "points", lambda small: [({}, fails), ({}, lambda machine: work), ({}, lambda machine: work)]
+    )
+    for index in range(2):
+        tune.compile_share(index, 2, set())
+    assert module.ran == [4, 4, 8, 4, 4, 2, 16, 4]  # the default first at each point, then one's share at the first
+    module.ran.clear()
+    tune.compile_share(0, 2, {("fake", "m3")})
+    assert module.ran == [4, 4]
+
+
 def record(stage: str, figures: dict, card: str = "NVIDIA H200", **tags: object) -> dict:
     name = "/".join([stage, *map(str, tags.values())])
     head = {"name": name, "stage": stage, "tags": tags, "card": card, "small": False, "run": "r", "seconds": 1.0}
@@ -311,6 +333,7 @@ def test_the_report_says_what_is_met_missed_and_not_measured(tmp_path):
         "torch 2.11, triton 3.6, commit abc",
         "![attention](nvidia-h200-attention.svg)",
         "![memory](nvidia-h200-memory.svg)",
+        "![throughput](nvidia-h200-throughput.svg)",
     ):
         assert line in page
     (document,) = json.loads((tmp_path / "report.json").read_text())
