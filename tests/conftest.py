@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from kvant.kernels.triton.launch import runs_here
 from kvant.weights.pull import PULLABLE, find_pulled
-from tests.kernels.triton.interpreter import multiply_bfloat16, round_to_bfloat16
+from tests.kernels.triton.interpreter import multiply_bfloat16, patch_what_is_known, round_to_bfloat16
 
 settings.register_profile("kvant", deadline=None)
 settings.load_profile("kvant")
@@ -45,6 +45,7 @@ def _interpreter() -> Iterator[None]:
         if runs_here():
             round_to_bfloat16(patch)
             multiply_bfloat16(patch)
+            patch_what_is_known(patch)
         yield
 
 

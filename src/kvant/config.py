@@ -113,6 +113,15 @@ def _path(name: str, given: Any) -> Path | None:
     return None if given is None else Path(given)
 
 
+@dataclass(frozen=True)
+class StepLimits:
+    """How large a step may be, and whether the next one is launched before its tokens are known; see `EngineConfig`."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    overlapping: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How an engine runs a model. Field names follow vLLM's where it has them.
@@ -134,8 +143,9 @@ class EngineConfig:
         quantization_param_path: a file or directory with the cache's measured constants: static scales, or what
             `kvant calibrate` wrote.
         max_model_len: longest prompt + output in tokens; None takes the model's own limit, or what fits.
-        max_num_seqs: sequences that may run at the same time.
-        max_num_batched_tokens: token budget of one step; longer prompts are prefilled in chunks.
+        max_num_seqs: sequences that may run at the same time; None takes 64, on a GPU 256.
+        max_num_batched_tokens: token budget of one step; longer prompts are prefilled in chunks. None takes 512, on a
+            GPU 4096.
         block_size: tokens in one KV block.
         enable_prefix_caching: share the KV of equal prefixes between requests and turns.
         kv_cache_memory: bytes, "2GiB", "50%" or a float fraction of free memory; None fits automatically.
@@ -143,7 +153,9 @@ class EngineConfig:
         swap_space: host memory that keeps the KV of requests which must make room for others: bytes, "2GiB", "10%" or
             a float fraction of free memory. Where it is full, or None, they are computed again.
         num_threads: CPU threads; None leaves the choice to the backend (all cores).
-        device: "auto" or "cpu".
+        device: "cpu", "cuda", one GPU of several as "cuda:1", or "auto": a GPU where there is one.
+        enforce_eager: on a GPU, launch every kernel of every step instead of recording decode steps as CUDA graphs.
+        async_scheduling: launch a step before the last one's tokens are known; None does so on a GPU.
         seed: for requests that bring no seed of their own; None draws a fresh one for each.
         quant_policy: LMDeploy's alias of kv_cache_dtype: 0 (auto), 4 (int4), 8 (int8).
     """
@@ -156,8 +168,8 @@ class EngineConfig:
     kv_cache_policy: str | Path | None = None
     quantization_param_path: str | Path | None = None
     max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     block_size: int = 64
     enable_prefix_caching: bool = True
     kv_cache_memory: int | float | str | None = None
@@ -165,6 +177,8 @@ class EngineConfig:
     swap_space: int | float | str | None = None
     num_threads: int | None = None
     device: str = "auto"
+    enforce_eager: bool = False
+    async_scheduling: bool | None = None
     seed: int | None = None
     quant_policy: InitVar[int | None] = None
 
@@ -174,7 +188,8 @@ class EngineConfig:
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
         self._check_weights()
-        _require(self.device in ("auto", "cpu"), f"device={self.device!r}: only 'cpu' (or 'auto') is available")
+        known_device = isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)
+        _require(bool(known_device), f"device={self.device!r} is unknown; use 'cpu', 'cuda', 'cuda:1' or 'auto'")
         skipped = _layer_list("kv_cache_dtype_skip_layers", self.kv_cache_dtype_skip_layers)
         object.__setattr__(self, "kv_cache_dtype_skip_layers", skipped)
         for name in ("kv_cache_policy", "quantization_param_path"):
@@ -191,6 +206,15 @@ class EngineConfig:
         for name in ("kv_cache_memory", "swap_space"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, parse_memory(getattr(self, name), name))
+
+    def limits(self, device: str) -> StepLimits:
+        """What a step may be on a kind of device ("cpu", "cuda")."""
+        gpu = device == "cuda"
+        return StepLimits(
+            max_num_seqs=self.max_num_seqs or (256 if gpu else 64),
+            max_num_batched_tokens=self.max_num_batched_tokens or (4096 if gpu else 512),
+            overlapping=gpu if self.async_scheduling is None else self.async_scheduling,
+        )
 
     def _check_weights(self) -> None:
         known = ("auto", "dense", *WEIGHT_BITS)

@@ -5,4 +5,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parents[2] / "benchmarks" / folder) for folder in ("kv", "cpu")]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path += [str(BENCHMARKS / folder) for folder in ("kv", "cpu")] + [str(BENCHMARKS)]

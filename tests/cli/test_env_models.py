@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def test_env_tells_which_kernels_compute(kvant, monkeypatch):
     absent = json.loads(kvant("env", "--json", env={"KVANT_CPU_LIBRARY": "", "KVANT_CPU_ISA": "reference"}).stdout)
     assert "not built. Install a C++ compiler" in absent["native_kernels"]
     assert (absent["cpu_isa"], absent["cpu_isas"]) == ("reference", ["reference"])
+
+
+def test_env_tells_which_gpus_there_are_or_why_none(kvant, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "none: this PyTorch" in json.loads(kvant("env", "--json").stdout)["gpu"]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    card = SimpleNamespace(name="NVIDIA Something", major=9, minor=0, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    shown = "NVIDIA Something (compute capability 9.0, 80 GiB)"
+    assert json.loads(kvant("env", "--json").stdout)["gpu"] == f"{shown}; {shown}"
 
 
 def test_models_lists_formats_with_their_bits(kvant, nothing_here):

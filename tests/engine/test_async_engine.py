@@ -124,7 +124,7 @@ def test_those_who_listen_learn_that_the_engine_died(engine, monkeypatch):
         tasks = [asyncio.create_task(collect(engine, text(i, 10), ENDLESS)) for i in range(2)]
         while not engine.stats().running:
             await asyncio.sleep(0.002)
-        monkeypatch.setattr(engine._served.engine.core._runner, "run", failing)
+        monkeypatch.setattr(engine._served.engine.core._runner, "launch", failing)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     for error in run(both()):

@@ -179,7 +179,7 @@ def test_nobody_slips_in_unseen_while_it_closes(engine):
 
 def test_a_fault_ends_all_requests_with_its_cause(core, engine, monkeypatch, caplog):
     all_submitted = threading.Event()
-    monkeypatch.setattr(core._runner, "run", lambda plan: all_submitted.wait(SECONDS) and 1 / 0)
+    monkeypatch.setattr(core._runner, "launch", lambda plan: all_submitted.wait(SECONDS) and 1 / 0)
     listeners = [submit(engine)[1] for _ in range(6)]
     all_submitted.set()
     for listener in listeners:
@@ -198,7 +198,7 @@ def test_a_fault_reaches_those_whose_requests_were_on_their_way(core, engine, mo
         assert may_fail.wait(SECONDS)
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(core._runner, "run", failing)
+    monkeypatch.setattr(core._runner, "launch", failing)
     monkeypatch.setattr(core, "abort", lambda *args: 1 / 0)
     first, listener = submit(engine)
     assert entered.wait(SECONDS)
@@ -232,7 +232,7 @@ def test_a_sink_that_fails_at_the_end_too_keeps_the_news_from_nobody(core, engin
         assert may_fail.wait(SECONDS)
         raise ValueError("boom")
 
-    monkeypatch.setattr(core._runner, "run", failing)
+    monkeypatch.setattr(core._runner, "launch", failing)
     listeners = []
     for _ in range(4):
         engine.submit(text(2, 10), ENDLESS, failing)

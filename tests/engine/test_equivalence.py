@@ -28,6 +28,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "tiny-pool": {"room": 192, "max_num_batched_tokens": 33},
     "tiny-pool-nothing-shared": {"room": 192, "enable_prefix_caching": False},
     "two-at-a-time": {"max_num_seqs": 4, "room": 192},
+    "overlapping": {"async_scheduling": True},
+    "overlapping-budget-7": {"async_scheduling": True, "max_num_batched_tokens": 7},
+    "tiny-pool-overlapping": {"async_scheduling": True, "room": 192, "max_num_batched_tokens": 33},
 }
 
 

@@ -147,7 +147,7 @@ def test_a_closed_pipeline_says_so(tiny_path):
 
 def test_a_batch_learns_that_the_engine_died(tiny_path, monkeypatch):
     with pipeline(tiny_path, engine=CONFIG) as pipe:
-        monkeypatch.setattr(pipe._served.engine.core._runner, "run", lambda plan: 1 / 0)
+        monkeypatch.setattr(pipe._served.engine.core._runner, "launch", lambda plan: 1 / 0)
         with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
             pipe(["a", "b"], GREEDY)
 

@@ -42,13 +42,13 @@ def alone(tiny_model):
 def computed(monkeypatch) -> list[int]:
     """How many tokens each step of any engine computes."""
     counts: list[int] = []
-    run = Runner.run
+    launch = Runner.launch
 
-    def counting(self, plan):
+    def counting(self, plan, after=None):
         counts.append(plan.num_tokens)
-        return run(self, plan)
+        return launch(self, plan, after)
 
-    monkeypatch.setattr(Runner, "run", counting)
+    monkeypatch.setattr(Runner, "launch", counting)
     return counts
 
 

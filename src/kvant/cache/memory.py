@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -13,6 +15,13 @@ def available_memory() -> int:
     limits = [_meminfo("MemAvailable"), _cgroup_headroom()]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else _physical_memory()
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nobody has; what PyTorch keeps of what it has freed is given back first."""
+    torch.cuda.empty_cache()
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free
 
 
 def _meminfo(key: str) -> int | None:

@@ -15,6 +15,9 @@ from kvant.formats.kv import KVLayer, KVPlan, KVShape, resolve_kv_format
 from kvant.formats.memory import lazy_zeros
 
 AUTOMATIC_FRACTION = 0.5
+# Of what the largest step leaves: a little is for what was not foreseen.
+DEVICE_FRACTION = 0.95
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,18 @@ class KVStore:
         self.paging = paging
 
     @classmethod
-    def allocate(cls, shape: KVShape, plan: KVPlan, num_blocks: int, block_size: int) -> KVStore:
-        """A zeroed pool, whose pages become resident when they are first written.
+    def allocate(
+        cls, shape: KVShape, plan: KVPlan, num_blocks: int, block_size: int, device: torch.device = CPU
+    ) -> KVStore:
+        """A zeroed pool; the host's pages become resident when they are first written.
 
         Raises:
             MemoryFitError: the system refuses the memory.
         """
         report = MemoryReport(shape, plan, num_blocks, block_size)
         try:
-            blocks = lazy_zeros((num_blocks, report.block_bytes), torch.uint8)
-        except MemoryError as error:
+            blocks = _zeros((num_blocks, report.block_bytes), device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
             raise MemoryFitError(
                 f"the system refused {_mib(report.pool_bytes)} for the KV cache; lower kv_cache_memory, or use "
                 "kv_cache_dtype='int4'"
@@ -109,7 +114,7 @@ class KVStore:
                 piece = blocks[:, start : start + size].view(plane.dtype)
                 planes[plane.name] = piece.unflatten(1, (*slots, *plane.shape))
                 start += size
-            layers.append(KVLayer(layer, block_size, plan.lead, planes))
+            layers.append(KVLayer(layer.to(device), block_size, plan.lead, planes))
         return cls(layers, blocks, report.paging)
 
     @property
@@ -132,26 +137,35 @@ class SwapSpace:
 
     def __init__(self, store: KVStore, num_blocks: int) -> None:
         try:
-            self._kept = lazy_zeros((num_blocks, store.blocks.shape[1]), torch.uint8)
+            kept = lazy_zeros((num_blocks, store.blocks.shape[1]), torch.uint8)
         except MemoryError as error:
             raise MemoryFitError(f"the system refused {num_blocks:,} blocks of swap space; lower swap_space") from error
+        # A device copies by itself, and without waiting, only to and from memory that stays where it is.
+        self._kept = kept.pin_memory() if num_blocks and store.blocks.is_cuda else kept
         self._blocks = store.blocks
 
     def swap_out(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (source in the store, target here); no target comes twice."""
         for source, target in moves:
-            self._kept[target] = self._blocks[source].to(self._kept.device)
+            self._kept[target].copy_(self._blocks[source], non_blocking=True)
 
     def swap_in(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks back, (source here, target in the store); no target comes twice."""
         for source, target in moves:
-            self._blocks[target] = self._kept[source].to(self._blocks.device)
+            self._blocks[target].copy_(self._kept[source], non_blocking=True)
 
 
-def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: int, free: int) -> MemoryReport:
+def fit_pool(
+    config: EngineConfig,
+    shape: KVShape,
+    plan: KVPlan,
+    max_position: int,
+    free: int,
+    device: str = "cpu",
+) -> MemoryReport:
     """How many blocks the pool and the swap space get.
 
-    Given as num_kv_blocks or kv_cache_memory the pool is that; otherwise half of the free memory, and no more than
+    Given as num_kv_blocks or kv_cache_memory the pool is that; otherwise a fraction of the free memory, no more than
     max_num_seqs sequences of the full length could use.
 
     Args:
@@ -160,6 +174,7 @@ def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: i
         plan: how each layer keeps its KV.
         max_position: the model's longest context.
         free: bytes available now, the weights already loaded.
+        device: its kind, "cpu" or "cuda": a GPU's memory is for one program, where a CPU's is for many.
 
     Raises:
         ConfigError: a block is too small for the sinks that the plan keeps.
@@ -174,8 +189,9 @@ def fit_pool(config: EngineConfig, shape: KVShape, plan: KVPlan, max_position: i
     if config.num_kv_blocks is not None:
         blocks = config.num_kv_blocks
     elif budget is None:
-        useful = config.max_num_seqs * blocks_per_sequence
-        blocks = min(int(free * AUTOMATIC_FRACTION) // block_bytes, useful)
+        useful = config.limits(device).max_num_seqs * blocks_per_sequence
+        fraction = DEVICE_FRACTION if device == "cuda" else AUTOMATIC_FRACTION
+        blocks = min(int(free * fraction) // block_bytes, useful)
     else:
         assert not isinstance(budget, str), "EngineConfig parses sizes"
         blocks = int(free * budget if isinstance(budget, float) else budget) // block_bytes
@@ -203,6 +219,12 @@ def _fit_swap(config: EngineConfig, report: MemoryReport, free: int) -> int:
             "lower swap_space, kv_cache_memory or num_kv_blocks"
         )
     return blocks
+
+
+def _zeros(shape: tuple[int, int], device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return lazy_zeros(shape, torch.uint8)
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
 def _check_block_size(block_size: int, plan: KVPlan) -> None:

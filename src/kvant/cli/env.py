@@ -18,7 +18,7 @@ from kvant.errors import NativeLibraryError
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 _CPUINFO = Path("/proc/cpuinfo")
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "gguf", "numpy")
 # The instructions that kernels for quantized models are written in, on x86 and on Arm, as Linux names them.
 _FEATURES = (
     *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
@@ -30,7 +30,7 @@ _FEATURES = (
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
-    """Tell what a bug report needs: versions, CPU, memory, native kernels.
+    """Tell what a bug report needs: versions, CPU, memory, native kernels, GPUs.
 
     \b
     kvant env
@@ -56,6 +56,7 @@ def collect() -> dict[str, Any]:
         **_memory(),
         "threads": _threads(),
         **_native_kernels(),
+        "gpu": _gpus(),
     }
 
 
@@ -101,3 +102,20 @@ def _native_kernels() -> dict[str, Any]:
         return {"native_kernels": f"none: {error}", "cpu_isa": REFERENCE, "cpu_isas": [REFERENCE]}
     isa = loaded.isa if loaded else REFERENCE
     return {"native_kernels": str(library.path), "cpu_isa": isa, "cpu_isas": [*library.isas, REFERENCE]}
+
+
+def _gpus() -> str:
+    """What each is, or why there is none."""
+    import torch
+
+    from kvant.kernels.device import gpu_problem
+
+    problem = gpu_problem()
+    if problem is not None:
+        return f"none: {problem}"
+    return "; ".join(_gpu(torch.cuda.get_device_properties(index)) for index in range(torch.cuda.device_count()))
+
+
+def _gpu(properties: Any) -> str:
+    capability = f"{properties.major}.{properties.minor}"
+    return f"{properties.name} (compute capability {capability}, {properties.total_memory / 2**30:.0f} GiB)"

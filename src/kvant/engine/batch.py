@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -23,9 +23,33 @@ class Batch:
     attention: AttentionBatch
     rope_lengths: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; itself on the host, where it is made."""
+        if device.type == "cpu":
+            return self
+        attention = self.attention
+        moved = replace(
+            attention,
+            positions=_sent(attention.positions, device),
+            slots=_sent(attention.slots, device),
+            block_tables=_sent(attention.block_tables, device),
+        )
+        return Batch(_sent(self.ids, device), moved, _sent(self.rope_lengths, device))
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """On its way to a device, from memory that this can read by itself."""
+    return x.pin_memory().to(device, non_blocking=True)
+
 
 def build_batch(plan: Plan, paging: Paging, rope: RopeSpec | None) -> Batch:
-    """The tensors of a step; `rope` is the rotary embedding that depends on the prompt's length, if there is one."""
+    """The tensors of a step, on the host.
+
+    Args:
+        plan: the step. A row's last token may still be unknown; its id is then 0.
+        paging: where tokens lie in blocks.
+        rope: the rotary embedding that depends on the prompt's length, if there is one.
+    """
     rows = plan.rows
     positions = torch.cat([torch.arange(row.start, row.stop) for row in rows])
     slots, block_size = positions + paging.lead, paging.block_size
@@ -39,9 +63,14 @@ def build_batch(plan: Plan, paging: Paging, rope: RopeSpec | None) -> Batch:
         context_lens=tuple(row.stop for row in rows),
         block_tables=tables,
     )
-    ids = torch.tensor([token for row in rows for token in row.sequence.tokens(row.start, row.stop)])
+    ids = torch.tensor([token for row in rows for token in _ids(row)])
     lengths = positions + 1 if rope is None else torch.tensor([n for row in rows for n in _lengths(row, rope)])
     return Batch(ids, attention, lengths)
+
+
+def _ids(row: Row) -> list[int]:
+    known = row.sequence.tokens(row.start, row.stop)
+    return known + [0] * (row.stop - row.start - len(known))
 
 
 def _lengths(row: Row, rope: RopeSpec) -> list[int]:

@@ -7,11 +7,13 @@ from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 from kvant.cache.blocks import BlockPool
-from kvant.cache.memory import available_memory
+from kvant.cache.memory import available_memory, device_memory
 from kvant.cache.prefix import PrefixTree
 from kvant.cache.store import KVStore, MemoryReport, SwapSpace, fit_pool
 from kvant.config import EngineConfig, SamplingParams
-from kvant.engine.runner import Runner
+from kvant.engine.graphs import CudaRecorder, DecodeGraphs
+from kvant.engine.profile import step_memory
+from kvant.engine.runner import Flight, Runner
 from kvant.engine.scheduler import Scheduler
 from kvant.engine.sequence import Failure, Plan, Request, Sink, TokenEvent
 from kvant.errors import ConfigError, NotFiniteError, RequestError
@@ -57,15 +59,15 @@ class Core:
             raise ConfigError(
                 f"max_model_len={config.max_model_len} exceeds the {spec.max_position} tokens this model is made for"
             )
-        # Mapped weights will take theirs when they are used.
-        free = max(available_memory() - model.mapped_bytes, 0)
-        self.memory: MemoryReport = fit_pool(config, spec.kv_shape, plan, spec.max_position, free)
+        device = model.decoder.ops.device
+        limits = config.limits(device.type)
+        self.memory: MemoryReport = _fit(model, config, plan)
         self.max_model_len = config.max_model_len or min(spec.max_position, self.memory.tokens)
         self.prefix_caching = config.enable_prefix_caching
         self._model = model
         # Some configs name ids that the model has no logits for, as -1 for none.
         self._end_ids = frozenset(range(spec.vocab_size)).intersection((*model.eos_token_ids, *end_ids))
-        self._max_num_seqs = config.max_num_seqs
+        self._limits = limits
         self._seeds = random.Random(config.seed)
         self._pool = BlockPool(self.memory.num_blocks)
         self._swap = BlockPool(self.memory.swap_blocks)
@@ -75,12 +77,26 @@ class Core:
             self._tree,
             swap=self._swap,
             paging=self.memory.paging,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
-        self.store = KVStore.allocate(spec.kv_shape, plan, self.memory.num_blocks, config.block_size)
-        self._runner = Runner(model.decoder, self.store, SwapSpace(self.store, self.memory.swap_blocks))
+        recorded = device.type == "cuda" and model.decoder.ops.capturable and not config.enforce_eager
+        # One block is nobody's: recorded steps write there what is beyond the batch.
+        self.store = KVStore.allocate(spec.kv_shape, plan, self.memory.num_blocks + recorded, config.block_size, device)
+        graphs = self._record() if recorded else None
+        self._runner = Runner(model.decoder, self.store, SwapSpace(self.store, self.memory.swap_blocks), graphs)
+        self._flight: Flight | None = None
+
+    def _record(self) -> DecodeGraphs:
+        return DecodeGraphs(
+            self._model.decoder,
+            self.store,
+            spare_block=self.memory.num_blocks,
+            max_num_seqs=self._limits.max_num_seqs,
+            max_model_len=self.max_model_len,
+            recorder=CudaRecorder(),
+        )
 
     def request(self, prompt: List[int], sampling: SamplingParams, sink: Sink) -> Request:
         """A request that this engine can serve, not yet queued. Safe to call from any thread.
@@ -117,8 +133,8 @@ class Core:
         unknown = next((token for token in named if not 0 <= token < vocab), None)
         if unknown is not None:
             raise RequestError(f"token id {unknown} is unknown; this model has ids 0 to {vocab - 1}")
-        if sampling.n > self._max_num_seqs:
-            raise RequestError(f"n={sampling.n} exceeds max_num_seqs={self._max_num_seqs}")
+        if sampling.n > self._limits.max_num_seqs:
+            raise RequestError(f"n={sampling.n} exceeds max_num_seqs={self._limits.max_num_seqs}")
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -129,16 +145,24 @@ class Core:
         return self._scheduler.abort(request, index)
 
     def has_work(self) -> bool:
-        """Whether a step would compute anything."""
-        return self._scheduler.has_work()
+        """Whether a step would compute anything, or has results to fetch."""
+        return self._flight is not None or self._scheduler.has_work()
 
     def step(self) -> List[tuple[Request, TokenEvent | Failure]]:
-        """One step: plan, run, commit. Requests whose numbers are not finite fail; the others lose nothing by it."""
-        plan = self._scheduler.plan()
+        """One step: plan, run, commit. Requests whose numbers are not finite fail; the others lose nothing by it.
+
+        Where steps overlap, the next one is launched before the host waits for this one's tokens.
+        """
+        flight, self._flight = self._flight, None
+        plan = self._scheduler.plan() if flight is None else flight.plan
         try:
-            sampled = self._runner.run(plan)
+            flight = flight or self._runner.launch(plan)
+            following = self._scheduler.ahead(plan) if self._limits.overlapping else None
+            launched = None if following is None else self._runner.launch(following, flight)
+            sampled = flight.sampled()
         except NotFiniteError as error:
-            return self._drop(plan, error)
+            return self._drop(plan, error)  # with what was launched after it
+        self._flight = launched
         return self._scheduler.commit(plan, sampled)
 
     def _drop(self, plan: Plan, error: NotFiniteError) -> list[tuple[Request, Failure]]:
@@ -164,3 +188,15 @@ class Core:
             swap_blocks_total=self._swap.num_blocks,
             healthy=True,
         )
+
+
+def _fit(model: LoadedModel, config: EngineConfig, plan: KVPlan) -> MemoryReport:
+    """The pool's size, on the device that computes."""
+    spec, device = model.spec, model.decoder.ops.device
+    if device.type == "cuda":
+        step = step_memory(model.decoder, config.limits(device.type), plan, config.block_size)
+        free = max(device_memory(device) - step, 0)
+        return fit_pool(config, spec.kv_shape, plan, spec.max_position, free, device.type)
+    # Mapped weights will take theirs when they are used.
+    free = max(available_memory() - model.mapped_bytes, 0)
+    return fit_pool(config, spec.kv_shape, plan, spec.max_position, free)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 from kvant.cache.blocks import BlockPool, Paging
 from kvant.cache.prefix import PrefixTree
 from kvant.engine.outputs import FinishReason
-from kvant.engine.sequence import Draft, Plan, Request, Sampled, Sequence, TokenEvent
+from kvant.engine.sequence import Draft, Plan, Request, Row, Sampled, Sequence, TokenEvent
 
 
 class Scheduler:
@@ -49,6 +50,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._stalled = False  # who waits was refused, and nothing has changed since
         self.preemptions = 0
         self.swaps = 0
 
@@ -74,6 +76,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. The caller has checked that it can ever fit."""
         self._waiting.append(request.sequences[0])
+        self._stalled = False
 
     def abort(self, request: Request, index: int | None = None) -> list[TokenEvent]:
         """End a request, or one of its choices, between two steps; everything it holds is free afterwards."""
@@ -83,7 +86,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step: decodes first, then prompts in order of arrival, then whoever waits and fits."""
         draft = Draft()
-        preempted = self.preemptions
+        preempted, self._stalled = self.preemptions, False
         for sequence in sorted(self._running, key=lambda s: s.remaining > 1):
             if sequence in self._running:
                 self._continue(sequence, draft)
@@ -91,15 +94,58 @@ class Scheduler:
             self._admit(draft)
         return draft.plan()
 
+    def ahead(self, plan: Plan) -> Plan | None:
+        """The step after `plan`, whose tokens are not known yet: one more token for each of its sequences.
+
+        None where these tokens could matter to it: a sequence's next distribution, its prompt or its place depends on
+        them, somebody who waits might be admitted, or blocks run out.
+        """
+        if self._waiting and not self._stalled:
+            return None
+        draft, going_on = Draft(), []
+        for row in plan.rows:
+            if row.samplers != (row.sequence,) or not row.sequence.foreseeable:
+                return None
+            if not self._ends_with_next(row.sequence):
+                going_on.append(row)
+        if len(plan.rows) != len(self._running) or not going_on:
+            return None
+        for row in going_on:
+            if not self._reserve_next(row):
+                return None
+            draft.rows[row.sequence] = replace(row, start=row.stop, stop=row.stop + 1)
+        return draft.plan()
+
     def commit(self, plan: Plan, sampled: Iterable[Sampled]) -> list[tuple[Request, TokenEvent]]:
-        """Take a step's results: advance, remember full blocks, share prompts with forks, append tokens, finish."""
+        """Take a step's results: advance, remember full blocks, share prompts with forks, append tokens, finish.
+
+        What was computed of sequences that have ended since it was planned is dropped.
+        """
         now = time.monotonic()
         for row in plan.rows:
+            if row.sequence.finish_reason is not None:
+                continue
             row.sequence.computed = row.stop
             self._remember_full_blocks(row.sequence)
             if len(row.samplers) > 1:
                 self._fork(row.sequence)
-        return [(item.sequence.request, self._append(item, now)) for item in sampled]
+        alive = [item for item in sampled if item.sequence.finish_reason is None]
+        return [(item.sequence.request, self._append(item, now)) for item in alive]
+
+    def _ends_with_next(self, sequence: Sequence) -> bool:
+        """Whether a sequence's next token is its last one, whichever it is."""
+        limit = sequence.request.sampling.max_tokens
+        longest = sequence.total + 1 >= self._max_model_len
+        return longest or (limit is not None and len(sequence.output) + 1 >= limit)
+
+    def _reserve_next(self, row: Row) -> bool:
+        """A place for the token after a row's last one, if there is one without taking from others or copying."""
+        sequence, index = row.sequence, self._paging.block_of(row.stop)
+        if index < len(sequence.blocks):
+            return self._pool.references(sequence.blocks[index]) == 1
+        taken = self._take(1)
+        sequence.blocks.extend(taken or ())
+        return taken is not None
 
     def _continue(self, sequence: Sequence, draft: Draft) -> None:
         """Plan more of a running sequence; where blocks run out, the latest arrivals make room.
@@ -121,9 +167,11 @@ class Scheduler:
         while self._waiting and draft.num_tokens < self._budget:
             sequence = self._waiting[0]
             if self.num_running + 1 + len(sequence.forks) > self._max_num_seqs:
+                self._stalled = True
                 return
             if not self._place(sequence, draft):
                 if self._running:
+                    self._stalled = True
                     return
                 sequence.may_reuse = False
                 continue
@@ -235,6 +283,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> TokenEvent:
         sequence.finish_reason = reason
+        self._stalled = False
         if sequence in self._running:
             self._running.remove(sequence)
             self._remember_tail(sequence)

@@ -103,6 +103,17 @@ class Sequence:
         """Tokens whose KV is still to be computed; 1 while decoding."""
         return self.total - self.computed
 
+    @property
+    def foreseeable(self) -> bool:
+        """Whether its next token but one can be drawn by a device that alone knows the next one."""
+        sampling = self.request.sampling
+        return (
+            sampling.repetition_penalty == 1
+            and not sampling.presence_penalty
+            and not sampling.frequency_penalty
+            and len(self.output) >= sampling.min_tokens
+        )
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids of positions [start, stop)."""
         prompt = self.request.prompt

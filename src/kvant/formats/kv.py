@@ -151,6 +151,10 @@ class LayerPlan:
     key_stats: LayerStats = NO_STATS
     value_stats: LayerStats = NO_STATS
 
+    def to(self, device: torch.device) -> LayerPlan:
+        """The same with its constants on another device."""
+        return LayerPlan(self.format, self.key_stats.to(device), self.value_stats.to(device))
+
 
 @dataclass(frozen=True)
 class KVPlan:
@@ -248,7 +252,7 @@ class KVLayer:
         raw = FloatCodec(torch.float16).encode(x, positions, NO_STATS)["data"].view(torch.uint8)
         raw = F.pad(raw, (0, SINK_SPAN * codes.shape[-1] - raw.shape[-1]))
         first = slots - (positions + self.lead) + SINK_SPAN * positions
-        spread = (first.unsqueeze(1) + torch.arange(SINK_SPAN)).flatten()
+        spread = (first.unsqueeze(1) + torch.arange(SINK_SPAN, device=first.device)).flatten()
         self._put({"codes": codes}, {"codes": raw.unflatten(-1, (SINK_SPAN, -1)).flatten(1, 2)}, spread)
 
     def read(self, side: str, blocks: Tensor) -> Tensor:
@@ -263,7 +267,7 @@ class KVLayer:
         planes = {name: plane[blocks].transpose(0, 1).flatten(1, 2) for name, plane in self.side(side).items()}
         slots = len(blocks) * self.block_size
         skipped = self.lead + plan.format.sinks
-        positions = torch.arange(plan.format.sinks, slots - self.lead)
+        positions = torch.arange(plan.format.sinks, slots - self.lead, device=blocks.device)
         x = codec.decode({name: plane[:, skipped:] for name, plane in planes.items()}, positions, stats)
         if plan.format.sinks:
             x = torch.cat([self._sinks(next(iter(planes.values())), x.shape[-1]), x], dim=1)

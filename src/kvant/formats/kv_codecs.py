@@ -287,13 +287,13 @@ def hadamard(x: Tensor) -> Tensor:
     size = x.shape[-1]
     rows = x.reshape(-1, size)
     padded = F.pad(rows, (0, 0, 0, -len(rows) % 4))
-    rotated: Tensor = (padded @ _sylvester(size).to(x.dtype))[: len(rows)]
+    rotated: Tensor = (padded @ _sylvester(size).to(x.device, x.dtype))[: len(rows)]
     return rotated.view(x.shape)
 
 
 @cache
 def _sylvester(size: int) -> Tensor:
-    block = torch.ones(1, 1)
+    block = torch.ones(1, 1, device="cpu")
     while size % (2 * len(block)) == 0:
         block = torch.cat([torch.cat([block, block], dim=1), torch.cat([block, -block], dim=1)])
     matrix: Tensor = torch.block_diag(*[block / len(block) ** 0.5] * (size // len(block)))

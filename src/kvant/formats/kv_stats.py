@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, reduce
 
 import torch
@@ -35,16 +35,20 @@ class Centre:
     @classmethod
     def of_mean(cls, mean: Tensor, frequencies: Tensor, order: int) -> Centre:
         """The centre of keys with this mean before RoPE, [kv_heads, head_dim]."""
-        offsets = torch.arange(CENTRE_TILE) - (CENTRE_TILE - 1) / 2
+        offsets = torch.arange(CENTRE_TILE, device=mean.device) - (CENTRE_TILE - 1) / 2
         turning = turn(mean.unsqueeze(1), offsets, frequencies)
-        return cls(polynomials(order).T @ turning, frequencies)
+        return cls(polynomials(order).to(mean.device).T @ turning, frequencies)
+
+    def to(self, device: torch.device) -> Centre:
+        """The same on another device."""
+        return Centre(self.coefficients.to(device), self.frequencies.to(device))
 
     def at(self, positions: Tensor) -> Tensor:
         """c(m) of positions [tokens] int64: float32 [kv_heads, tokens, head_dim]."""
         tiles, tile = (positions // CENTRE_TILE).unique(return_inverse=True)
         middles = tiles * CENTRE_TILE + (CENTRE_TILE - 1) / 2
         turned = turn(self.coefficients.unsqueeze(2), middles, self.frequencies)
-        basis = polynomials(turned.shape[1])[positions % CENTRE_TILE]
+        basis = polynomials(turned.shape[1]).to(positions.device)[positions % CENTRE_TILE]
         # Term by term, not as a matrix product: a token's sum must not depend on how many tokens there are.
         return reduce(torch.add, (basis[:, j, None] * turned[:, j, tile] for j in range(basis.shape[1])))
 
@@ -52,7 +56,7 @@ class Centre:
 @cache
 def polynomials(order: int) -> Tensor:
     """Orthonormal polynomials of degree 0 to order - 1 over a tile's positions: [CENTRE_TILE, order] float32."""
-    offsets = torch.arange(CENTRE_TILE, dtype=torch.float64) * 2 / (CENTRE_TILE - 1) - 1
+    offsets = torch.arange(CENTRE_TILE, dtype=torch.float64, device="cpu") * 2 / (CENTRE_TILE - 1) - 1
     powers = torch.stack([offsets**degree for degree in range(order)], dim=1)
     basis, signs = torch.linalg.qr(powers)
     rising: Tensor = basis * signs.diagonal().sign()
@@ -85,6 +89,11 @@ class LayerStats:
     balance: Tensor | None = None
     feedback: Tensor | None = None
     scale: Tensor | None = None
+
+    def to(self, device: torch.device) -> LayerStats:
+        """The same on another device."""
+        found = (getattr(self, field.name) for field in fields(self))
+        return LayerStats(*(None if constant is None else constant.to(device) for constant in found))
 
 
 NO_STATS = LayerStats()

@@ -116,7 +116,8 @@ class PackedWeight:
         """The values [N, K], computed in float32 and rounded to `dtype`; a dense weight of that dtype is not copied."""
         if self.format == "dense":
             return self.planes["weight"].data.to(dtype)
-        values = torch.empty(self.out_features, self.in_features, dtype=dtype)
+        device = next(iter(self.planes.values())).data.device
+        values = torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
         step = max(1, _ELEMENTS_AT_ONCE // max(1, self.in_features))
         for first in range(0, self.out_features, step):
             rows = slice(first, first + step)
@@ -125,6 +126,18 @@ class PackedWeight:
             else:
                 values[rows, self.order] = _values(self.rows(rows)).to(dtype)
         return values
+
+    def to(self, device: torch.device) -> PackedWeight:
+        """The same weight on another device; itself where it is there."""
+        if next(iter(self.planes.values())).data.device == device:
+            return self
+        scale = None if self.inputs is None or self.inputs.scale is None else self.inputs.scale.to(device)
+        return replace(
+            self,
+            planes={name: replace(p, data=p.data.to(device)) for name, p in self.planes.items()},
+            order=None if self.order is None else self.order.to(device),
+            inputs=None if self.inputs is None else InputCodes(scale),
+        )
 
     def rows(self, index: slice | Tensor) -> PackedWeight:
         """The same weight with only these output rows, in this order."""

@@ -6,7 +6,7 @@ Shapes use T tokens of the step (all sequences' new tokens, one after the other)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -49,6 +49,11 @@ class AttentionBatch:
         """context_lens on the device, [S] int32; made at its first use, once a step."""
         return torch.tensor(self.context_lens, dtype=torch.int32).to(self.positions.device, non_blocking=True)
 
+    @property
+    def reported_not_finite(self) -> Tensor | None:
+        """`not_finite`, where a backend has asked for it."""
+        return self.__dict__.get("not_finite")
+
     @cached_property
     def not_finite(self) -> Tensor:
         """[T] int32, zeros: a backend that cannot stop at a key or value that is not finite sets its token's to 1."""
@@ -72,7 +77,9 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Per row of logits: the numbers that shape its distribution, all [R].
+    """Per row of logits: the numbers that shape its distribution, all [R], on the host.
+
+    There a backend sees what the rows need without waiting for the device.
 
     Attributes:
         temperature: float32; 0 takes the likeliest token.
@@ -87,23 +94,47 @@ class SamplingBatch:
     min_p: Tensor
     uniform: Tensor
 
+    @property
+    def greedy(self) -> bool:
+        """Whether every row takes its likeliest token."""
+        return not self.temperature.any()
+
+    @property
+    def filters(self) -> bool:
+        """Whether a row keeps only its likeliest tokens."""
+        return bool((self.top_k > 0).any() or (self.top_p < 1).any() or (self.min_p > 0).any())
+
+    def rows(self, index: Tensor) -> SamplingBatch:
+        """The numbers of some rows."""
+        return SamplingBatch(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def to(self, device: torch.device) -> SamplingBatch:
+        """The same on another device."""
+        return SamplingBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
 
 class Ops(Protocol):
     """What a backend computes. No op keeps a reference to its inputs; only `rope_write_kv` changes one (the cache).
 
     Attributes:
+        device: where tensors are; a batch, activations and the cache must be there.
+        capturable: whether its steps can be recorded as CUDA graphs: nothing waits for the device or looks at it.
         packed_weights: whether `linear` computes on quantized weights as they are; if not, they gain nothing here, and
             loading expands them to the compute dtype.
     """
 
     name: str
+    device: torch.device
+    capturable: bool
     packed_weights: bool
 
     def prepare(self, weight: PackedWeight) -> Any:
         """A weight of any format in the backend's own layout, for `linear` and `embedding`. Called once a weight."""
 
-    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
         """x [T, K] -> x W^T + b, [T, N]. A row's result does not depend on the other rows (see `reference`).
+
+        x may be what `add_rms_norm` made for this weight, too.
 
         Where the weight says so (`PackedWeight.inputs`), x is rounded to 8 bits first; a backend that rounds it anyway,
         and no more coarsely, does that instead.
@@ -115,8 +146,14 @@ class Ops(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32; weight [last] float32."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The new residual r = x + residual, and rms_norm(r): returns (normed, r)."""
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Any = None
+    ) -> tuple[Any, Tensor]:
+        """The new residual r = x + residual, and rms_norm(r): returns (normed, r).
+
+        Where `reader` is given, a prepared weight, `normed` is for `linear` with that weight alone: a backend may give
+        it in the form that the weight takes, as codes.
+        """
 
     def rope_write_kv(
         self,

@@ -22,6 +22,7 @@ from kvant.formats.kv import KVLayer
 from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 
+CPU = torch.device("cpu")
 LINEAR_TILE = 32
 ROW_TILE = 4
 CONTEXT_TILE = 128
@@ -47,8 +48,13 @@ class ReferenceOps:
 
     name = "reference"
     packed_weights = False
+    capturable = False
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
 
     def prepare(self, weight: PackedWeight) -> Any:
+        weight = weight.to(self.device)
         if weight.inputs is not None:
             return MatrixOnCodes(weight.dequantize(torch.float32), weight.inputs)
         return weight.planes["weight"].data if weight.format == "dense" else weight.dequantize(torch.float32)
@@ -67,7 +73,9 @@ class ReferenceOps:
         normed: Tensor = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (normed * weight).to(x.dtype)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Any = None
+    ) -> tuple[Any, Tensor]:
         total = x + residual
         return self.rms_norm(total, weight, eps), total
 
@@ -108,7 +116,8 @@ class ReferenceOps:
         tokens = logits.argmax(-1)
         drawn = params.temperature.nonzero().squeeze(-1)
         if drawn.numel():
-            rows = SamplingBatch(*(getattr(params, name)[drawn] for name in SamplingBatch.__dataclass_fields__))
+            rows = params.rows(drawn).to(logits.device)
+            drawn = drawn.to(logits.device)
             tokens[drawn] = _draw(logits[drawn], rows)
         return tokens
 
@@ -133,7 +142,7 @@ def _padded_blocks(table: Tensor, slots: int, block_size: int) -> Tensor:
     """The blocks of so many slots, the last one repeated up to whole context tiles; the mask hides what that adds."""
     used = -(-slots // block_size)
     tile = max(CONTEXT_TILE // block_size, 1)
-    return table[torch.arange(-(-used // tile) * tile).clamp(max=used - 1)]
+    return table[torch.arange(-(-used // tile) * tile, device=table.device).clamp(max=used - 1)]
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, shape: AttentionShape) -> Tensor:
@@ -163,7 +172,7 @@ def _mask(scores: Tensor, positions: Tensor, shape: AttentionShape) -> Tensor:
     """Soft-cap, then hide what lies in the future or before the window; scores [..., T, context]."""
     if shape.softcap is not None:
         scores = torch.tanh(scores / shape.softcap) * shape.softcap
-    distance = positions.unsqueeze(1) - torch.arange(scores.shape[-1])
+    distance = positions.unsqueeze(1) - torch.arange(scores.shape[-1], device=positions.device)
     hidden = distance < 0
     if shape.window is not None:
         hidden |= distance >= shape.window
@@ -176,7 +185,7 @@ def _draw(logits: Tensor, params: SamplingBatch) -> Tensor:
     values, ids = scaled.sort(dim=-1, descending=True, stable=True)
     vocab = logits.shape[-1]
     limit = torch.where(params.top_k > 0, params.top_k, vocab).unsqueeze(1)
-    values = values.masked_fill(torch.arange(vocab) >= limit, float("-inf"))
+    values = values.masked_fill(torch.arange(vocab, device=values.device) >= limit, float("-inf"))
     probs = values.softmax(-1)
     before = probs.cumsum(-1) - probs
     # The likeliest token always stays, whatever the bounds.

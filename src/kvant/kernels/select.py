@@ -6,10 +6,13 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from kvant.errors import ConfigError, NativeLibraryError
+import torch
+
+from kvant.errors import NativeLibraryError
 from kvant.kernels.cpu.library import Library, find_library, load_library, open_library
 from kvant.kernels.cpu.native import Native
 from kvant.kernels.cpu.ops import CpuOps
+from kvant.kernels.device import find_device, runs_triton
 from kvant.kernels.ops import Ops
 from kvant.kernels.reference import ReferenceOps
 from kvant.kernels.triton import launch
@@ -33,17 +36,18 @@ def available_backends(threads: int = 1) -> dict[str, Callable[[], Ops]]:
 
 
 def select_ops(device: str, threads: int | None = None) -> Ops:
-    """The fastest backend for a device ("auto" or "cpu"), or the one that KVANT_CPU_ISA names.
+    """The fastest backend for a device, or on a CPU the one that KVANT_CPU_ISA names.
 
     Args:
-        device: "auto" or "cpu".
+        device: as `find_device` takes it.
         threads: how many a native backend uses; None takes one per core.
 
     Raises:
         ConfigError: no backend runs on that device, or what KVANT_CPU_ISA names does not run here.
     """
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f"device={device!r}: no backend here runs on it; use 'cpu'")
+    found = find_device(device)
+    if found.type == "cuda":
+        return _gpu_ops(found)
     library = load_library()
     return ReferenceOps() if library is None else _native(library, library.isa, threads or num_cores())
 
@@ -51,6 +55,14 @@ def select_ops(device: str, threads: int | None = None) -> Ops:
 def num_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu_ops(device: torch.device) -> Ops:
+    if not runs_triton(device):
+        return ReferenceOps(device)
+    from kvant.kernels.triton.ops import TritonOps
+
+    return TritonOps(device)
 
 
 def _native(library: Library, isa: str, threads: int) -> CpuOps:

@@ -22,7 +22,9 @@ class Decoder:
         self.spec = spec
         self.ops = ops
         self._weights = weights
-        self._ropes = {layer.rope: RotaryEmbedding(layer.rope) for layer in spec.layers if layer.rope is not None}
+        self._ropes = {
+            layer.rope: RotaryEmbedding(layer.rope, ops.device) for layer in spec.layers if layer.rope is not None
+        }
         self._fused = fuse(spec, weights, ops, [attention_shape(spec, layer) for layer in spec.layers])
 
     def with_ops(self, ops: Ops) -> Decoder:
@@ -52,7 +54,8 @@ class Decoder:
             tokens = TokenContext(batch, rotary[layer.rope] if layer.rope else None, query_scale)
             shape = attention_shape(spec, layer)
             x, residual = computed(ops, decoder_layer(ops, x, residual, weights, spec, shape, kv, tokens))
-        return ops.add_rms_norm(x, residual, self._weights.norm, spec.rms_eps)[0]
+        normed: Tensor = ops.add_rms_norm(x, residual, self._weights.norm, spec.rms_eps)[0]
+        return normed
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

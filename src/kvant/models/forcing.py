@@ -20,7 +20,8 @@ BLOCK_SIZE = 64
 
 def new_store(decoder: Decoder, plan: KVPlan, tokens: int) -> KVStore:
     """A store for one text of so many tokens, whose blocks `force` takes in order."""
-    return KVStore.allocate(decoder.spec.kv_shape, plan, Paging(BLOCK_SIZE, plan.lead).blocks_for(tokens), BLOCK_SIZE)
+    blocks = Paging(BLOCK_SIZE, plan.lead).blocks_for(tokens)
+    return KVStore.allocate(decoder.spec.kv_shape, plan, blocks, BLOCK_SIZE, decoder.ops.device)
 
 
 @torch.inference_mode()
@@ -33,9 +34,10 @@ def force(decoder: Decoder, store: KVStore, ids: Sequence[int], length: int) -> 
         ids: the text.
         length: of the prompt that the text is the beginning of; it matters where RoPE depends on it.
     """
-    tokens, table = torch.tensor(ids), torch.arange(store.num_blocks).unsqueeze(0)
+    device = decoder.ops.device
+    tokens, table = torch.tensor(ids, device=device), torch.arange(store.num_blocks, device=device).unsqueeze(0)
     states = []
-    for positions in torch.arange(len(tokens)).split(CHUNK):
+    for positions in torch.arange(len(tokens), device=device).split(CHUNK):
         batch = AttentionBatch(
             positions=positions,
             slots=positions + store.paging.lead,
@@ -52,4 +54,6 @@ def _rope_lengths(decoder: Decoder, length: int, positions: Tensor) -> Tensor:
     rope = decoder.spec.length_rope
     if rope is None:
         return positions + 1
-    return torch.tensor([rope_length(rope, length, position) for position in positions.tolist()])
+    return torch.tensor(
+        [rope_length(rope, length, position) for position in positions.tolist()], device=positions.device
+    )

@@ -114,13 +114,13 @@ def decoder_layer(
 ) -> Products[tuple[Tensor, Tensor]]:
     """One layer of the decoder: x [T, hidden], what the one before adds to its residual -> the same of this layer."""
     qkv, out, gate_up, down = weights.linears.values()
-    h, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps)
+    h, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps, qkv.weight)
     # Many layers may wait for a product at once: there, nothing but the residual has a name that keeps it in memory.
     asked = [h]
     del x, h
     x = yield out, attention(ops, (yield qkv, asked.pop()), weights.attention, shape, spec.rms_eps, cache, tokens)
     x = _post_norm(ops, x, weights.post_attention_norm, spec.rms_eps)
-    h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps)
+    h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps, gate_up.weight)
     asked.append(h)
     del x, h
     x = yield down, ops.gated((yield gate_up, asked.pop()), spec.activation)
@@ -176,5 +176,5 @@ def attention_shape(spec: ModelSpec, layer: LayerSpec) -> AttentionShape:
 
 def log_n_scale(positions: Tensor, length: int) -> Tensor:
     """Qwen's log-n attention: log(p + 1) / log(length) from position `length` on, 1 before: [T, 1, 1] float32."""
-    scale = (positions + 1).double().log() / torch.tensor(float(length)).log()
+    scale = (positions + 1).double().log() / torch.tensor(float(length), device="cpu").log().item()
     return scale.clamp(min=1.0).float().view(-1, 1, 1)

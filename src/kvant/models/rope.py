@@ -28,13 +28,13 @@ def inverse_frequencies(spec: RopeSpec, length: int) -> Tensor:
             return _llama3(spec)
         case "longrope":
             factors = spec.long_factors if length > spec.original_length else spec.short_factors
-            return _plain(spec, spec.theta) / torch.tensor(factors)
+            return _plain(spec, spec.theta) / torch.tensor(factors, device="cpu")
         case _:
             return _plain(spec, spec.theta)
 
 
 def _plain(spec: RopeSpec, base: float) -> Tensor:
-    return 1.0 / (base ** (torch.arange(0, spec.dim, 2).float() / spec.dim))
+    return 1.0 / (base ** (torch.arange(0, spec.dim, 2, device="cpu").float() / spec.dim))
 
 
 def _ntk_stretch(spec: RopeSpec, length: int) -> float:
@@ -56,7 +56,7 @@ def _yarn(spec: RopeSpec) -> Tensor:
     if spec.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, spec.dim - 1)
-    ramp = ((torch.arange(spec.dim // 2).float() - low) / max(high - low, 1e-3)).clamp(0, 1)
+    ramp = ((torch.arange(spec.dim // 2, device="cpu").float() - low) / max(high - low, 1e-3)).clamp(0, 1)
     plain = _plain(spec, spec.theta)
     return plain * (1 - ramp) + plain / spec.factor * ramp
 
@@ -71,9 +71,9 @@ def _llama3(spec: RopeSpec) -> Tensor:
 class RotaryEmbedding:
     """cos and sin for the tokens of a step; frequencies that do not depend on a length are computed once."""
 
-    def __init__(self, spec: RopeSpec) -> None:
+    def __init__(self, spec: RopeSpec, device: torch.device | str = "cpu") -> None:
         self._spec = spec
-        self._fixed = None if spec.depends_on_length else inverse_frequencies(spec, spec.original_length)
+        self._fixed = None if spec.depends_on_length else inverse_frequencies(spec, spec.original_length).to(device)
 
     def __call__(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Angles' cosines and sines, each [T, dim / 2] float32.
@@ -89,7 +89,7 @@ class RotaryEmbedding:
         if self._fixed is not None:
             return self._fixed
         distinct, which = lengths.unique(return_inverse=True)
-        return torch.stack([inverse_frequencies(self._spec, int(n)) for n in distinct])[which]
+        return torch.stack([inverse_frequencies(self._spec, int(n)) for n in distinct]).to(lengths.device)[which]
 
 
 def rope_length(spec: RopeSpec, prompt_length: int, position: int) -> int:

@@ -30,6 +30,7 @@ class ChunkedOps(ReferenceOps):
     name = "chunked"
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
         self.dtype = dtype
 
     def prepare(self, weight: PackedWeight) -> Any:

@@ -43,8 +43,9 @@ def measure_kv(decoder: Decoder, windows: Sequence[Sequence[int]], progress: Pro
         watched = _Watched(decoder.ops, dict(zip(map(id, store.layers), layers, strict=True)))
         force(decoder.with_ops(cast(Ops, watched)), store, ids, len(ids))
         for kept, layer in zip(store.layers, layers, strict=True):
-            blocks = torch.arange(store.num_blocks)
-            layer.end_text(kept.read("key", blocks)[:, : len(ids)], kept.read("value", blocks)[:, : len(ids)])
+            blocks = torch.arange(store.num_blocks, device=decoder.ops.device)
+            keys, values = (kept.read(side, blocks)[:, : len(ids)].cpu() for side in ("key", "value"))
+            layer.end_text(keys, values)
         if progress is not None:
             progress(done, len(windows))
     found = [layer.statistics(of.rope, spec.max_position) for layer, of in zip(layers, spec.layers, strict=True)]
@@ -127,5 +128,5 @@ class _Watched:
         batch: AttentionBatch,
     ) -> Tensor:
         counted = batch.positions >= SINKS
-        self._layers[id(cache)].add(q[counted], k[counted])
+        self._layers[id(cache)].add(q[counted].cpu(), k[counted].cpu())
         return self._ops.rope_write_kv(q, k, v, rotary, cache, batch)

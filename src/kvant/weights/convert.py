@@ -138,7 +138,7 @@ def _writer(source: TensorSource, target: Target, ops: Ops) -> _Writer:
     spec = model_spec(source.config)
     ranks = tuple(Rank(index, target.tp, spec) for index in range(target.tp))
     matrices = MatrixReader(source, torch.float32, target.weights, packed=True)
-    dtype = compute_dtype(target.dtype, spec, matrices) if native else _device_dtype(target.dtype, spec)
+    dtype = compute_dtype(target.dtype, spec, matrices, ops.device) if native else _device_dtype(target.dtype, spec)
     loader = WeightLoader(source, spec, replace(matrices, dtype=dtype), _AsRead())
     name = target.weights.name if isinstance(target.weights, Rounding) else target.weights
     dtype_name = str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvant.cache.memory import available_memory
+from kvant.cache.memory import available_memory, device_memory
 from kvant.errors import CorruptModelError, MemoryFitError, UnsupportedModelError
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.ops import Ops
@@ -103,8 +103,8 @@ def load_model(
     if isinstance(source, WorkspaceSource):
         return _map(source, spec, dtype, ops, weights)
     matrices = MatrixReader(source, torch.float32, weights, ops.packed_weights)
-    matrices = replace(matrices, dtype=compute_dtype(dtype, spec, matrices))
-    _check_memory(matrices)
+    matrices = replace(matrices, dtype=compute_dtype(dtype, spec, matrices, ops.device))
+    _check_memory(matrices, ops.device)
     prepared = WeightLoader(source, spec, matrices, ops).load()
     check_places(source, source.unread())
     rounding = weights.name if isinstance(weights, Rounding) else None
@@ -124,8 +124,8 @@ def _ends(source: TensorSource, spec: ModelSpec) -> tuple[int, ...]:
     return tuple(dict.fromkeys(spec.eos_token_ids + token_ids(source.generation, "eos_token_id")))
 
 
-def _check_memory(matrices: MatrixReader) -> None:
-    needed, free = matrices.peak_bytes(), available_memory()
+def _check_memory(matrices: MatrixReader, device: torch.device) -> None:
+    needed, free = matrices.peak_bytes(), device_memory(device) if device.type == "cuda" else available_memory()
     if needed > free:
         fewer_bits = "weights='int4'" if matrices.packed else "a 16-bit dtype"
         raise MemoryFitError(
@@ -153,12 +153,12 @@ def check_places(source: TensorSource, left: Set[str]) -> None:
         )
 
 
-def compute_dtype(name: str, spec: ModelSpec, in_float32: MatrixReader) -> torch.dtype:
-    """The compute type that `EngineConfig.dtype` means on this machine, for matrices that such a reader reads."""
+def compute_dtype(name: str, spec: ModelSpec, in_float32: MatrixReader, device: torch.device) -> torch.dtype:
+    """The compute type that `EngineConfig.dtype` means on this device, for matrices that such a reader reads."""
     if name != "auto":
         return CHECKPOINT_DTYPES[name]
     # PyTorch's float32 products are its fastest on CPUs without 16-bit arithmetic.
-    if in_float32.peak_bytes() <= available_memory() / 2:
+    if device.type == "cpu" and in_float32.peak_bytes() <= available_memory() / 2:
         return torch.float32
     stored = CHECKPOINT_DTYPES.get(spec.dtype, torch.bfloat16)
     return torch.bfloat16 if stored == torch.float32 else stored
@@ -262,11 +262,13 @@ class WeightLoader:
             raise CorruptModelError(
                 f"{self.source.path}: some projections have a bias where others of the layer have none"
             )
-        return Linear(self.ops.prepare(PackedWeight.concat(weights)), torch.cat(present) if present else None)
+        bias = torch.cat(present).to(self.ops.device) if present else None
+        return Linear(self.ops.prepare(PackedWeight.concat(weights)), bias)
 
     def _norm(self, name: str, size: int | None = None) -> Tensor:
         shape = (self.spec.hidden_size if size is None else size,)
-        return self.source.checked(f"{name}.weight", shape, torch.float32) + self.spec.norm_offset
+        weight = self.source.checked(f"{name}.weight", shape, torch.float32) + self.spec.norm_offset
+        return weight.to(self.ops.device)
 
 
 def generation_defaults(source: TensorSource) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from kvant.errors import UnsupportedModelError
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.cpu.ops import CpuOps
@@ -29,7 +31,7 @@ def check_request(source: WorkspaceSource, dtype: str, weights: str | Rounding, 
             weights or another dtype.
     """
     made, wanted = source.made, weights.name if isinstance(weights, Rounding) else weights
-    backend = "cpu" if isinstance(ops, CpuOps) else ops.name
+    backend = _backend(ops)
     if backend != made.backend:
         native = "the native kernels" if made.backend == "cpu" else f"a {made.backend} device"
         remedy = "Use the model it was made from" + (", or convert that with --backend cpu" * (made.backend != "cpu"))
@@ -52,6 +54,12 @@ def check_request(source: WorkspaceSource, dtype: str, weights: str | Rounding, 
                 f"{source.path} was made with {name}={has!r}, which cannot become {asked!r}. Leave {name} out, or "
                 "use the model it was made from."
             )
+
+
+def _backend(ops: Ops) -> str:
+    if isinstance(ops, CpuOps):
+        return "cpu"
+    return "cuda" if ops.device.type == "cuda" or ops.name == "triton" else ops.name
 
 
 def mapped_weights(source: WorkspaceSource, spec: ModelSpec, ops: Ops) -> tuple[DecoderWeights, int]:
@@ -92,7 +100,9 @@ class _Pieces:
 
     def get(self, name: str, shape: tuple[int, ...]) -> Any:
         piece = self._shard.piece(name, shape)
-        return self._ops.prepare(piece) if isinstance(piece, PackedWeight) else piece
+        if isinstance(piece, PackedWeight):
+            return self._ops.prepare(piece)
+        return piece.to(self._ops.device) if isinstance(piece, Tensor) else piece
 
     def linear(self, name: str, shape: tuple[int, int]) -> dict[str, Any]:
         """A matrix and its bias, if it has one."""

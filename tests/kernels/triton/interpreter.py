@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,3 +100,20 @@ def _run(words: list[str], registers: dict[str, Any]) -> None:
         case _:
             raise NotImplementedError(name)
     registers[to] = found
+
+
+def patch_what_is_known(patch: pytest.MonkeyPatch) -> None:
+    """Let kernels call their helpers for less: each call looks through all of `triton.language` for what to replace."""
+    from triton.runtime import interpreter
+
+    names: dict[Any, list[str]] = {}
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        if package not in names:
+            names[package] = [name for name, it in inspect.getmembers(package) if interpreter.tl.core.is_builtin(it)]
+        for name in names[package]:
+            member = getattr(package, name)
+            if interpreter.tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    patch.setattr(interpreter, "_patch_builtin", patch_builtin)

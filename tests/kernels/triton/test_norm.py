@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ pytest.importorskip("triton")
 from kvant.formats.weight import InputCodes
 from kvant.kernels.reference import ReferenceOps, rounded_inputs
 from kvant.kernels.triton import norm
+from kvant.kernels.triton.ops import TritonOps
+from kvant.quantize.rtn import rtn
 
 REFERENCE = ReferenceOps()
 
@@ -61,6 +65,18 @@ def test_rounded_rows_are_what_the_reference_rounds_to(dtype, measured):
     # A norm that is off by a rounding lets a code differ where it was at a tie.
     assert ((values - expected).abs() <= step * 1.01 + expected.abs() * torch.finfo(dtype).eps).all()
     assert ((values - normed.float()).abs() <= step * 0.51)[found.codes.abs() < 127].all()
+
+
+@pytest.mark.parametrize("measured", [None, 0.02])
+def test_a_weight_that_takes_codes_gets_them_from_the_norm(measured):
+    inputs = InputCodes(None if measured is None else torch.tensor([measured]))
+    ops = TritonOps()
+    reader = ops.prepare(replace(rtn(random(24, 200), 8, 200), inputs=inputs))
+    x, residual, weight, bias = random(5, 200), random(6, 200)[1:], random(200), random(24)
+    found, _ = ops.add_rms_norm(x, residual, weight, 1e-5, reader)
+    plain, _ = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert isinstance(found, norm.Rounded)
+    torch.testing.assert_close(ops.linear(found, reader, bias), ops.linear(plain, reader, bias))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

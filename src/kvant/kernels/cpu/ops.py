@@ -24,6 +24,7 @@ class CpuOps(ReferenceOps):
     packed_weights = True
 
     def __init__(self, native: Native) -> None:
+        super().__init__()
         self.native = native
         self.name = native.isa
 

@@ -32,8 +32,3 @@ def interpreted() -> bool:
 def runs_here() -> bool:
     """Whether Triton is installed, and has a device or its interpreter to run kernels on."""
     return importlib.util.find_spec("triton") is not None and (interpreted() or torch.cuda.is_available())
-
-
-def device() -> torch.device:
-    """Where the tensors of kernels are: the GPU, or beside the interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() and not interpreted() else "cpu")

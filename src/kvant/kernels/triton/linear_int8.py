@@ -48,15 +48,19 @@ def _config(m: int, weight: RowCodes, rows: int, tokens: int, depth: int, warps:
     return Config({"ROWS": rows, "TOKENS": tokens, "DEPTH": depth, "SPLIT": split}, warps, stages)
 
 
-def linear_int8(x: Tensor, weight: RowCodes, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
-    """`Ops.linear`: x [M, K] is rounded to 8 bits, a scale a token -> [M, N] in its dtype."""
+def linear_int8(
+    x: Tensor | Rounded, weight: RowCodes, bias: Tensor | None = None, config: Config | None = None
+) -> Tensor:
+    """`Ops.linear`: x [M, K] is rounded to 8 bits, a scale a token, if it is not yet -> [M, N] in its dtype."""
+    if isinstance(x, Rounded):
+        return product(x, weight, bias, config)
     if weight.order is not None:
         x = x.index_select(1, weight.order)
     return product(input_codes(x, weight.inputs, weight.codes.shape[1]), weight, bias, config)
 
 
 def product(x: Rounded, weight: RowCodes, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
-    """x W^T + bias [M, N] of inputs [M, K] that are codes already, ordered as the weight's columns."""
+    """x W^T + bias, [M, N]: of inputs [M, K] that are codes already, ordered as the weight's columns."""
     (m, _), (n, depth) = x.codes.shape, weight.codes.shape
     out = torch.empty(m, n, dtype=x.dtype, device=x.codes.device)
     if m == 0:

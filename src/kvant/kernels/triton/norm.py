@@ -20,12 +20,15 @@ class Rounded:
     Attributes:
         codes: [T, K] int8, from -127 to 127.
         scales: [T] float32; NaN where a row is not finite.
-        dtype: of what was rounded, and so of what becomes of it.
+        dtype: that the rows had, and that products with them have.
     """
 
     codes: Tensor
     scales: Tensor
     dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.codes)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -60,7 +63,7 @@ def rounded_add_rms_norm(
 
 def _rounded_like(x: Tensor) -> Rounded:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return Rounded(codes, x.new_empty(len(x), dtype=torch.float32), x.dtype)
+    return Rounded(codes, torch.empty(len(x), dtype=torch.float32, device=x.device), x.dtype)
 
 
 def _launch(

@@ -1,0 +1,74 @@
+"""What a query makes of the keys' centre: see `kvant.formats.kv_stats.Centre`.
+
+q^T R_m C_j is, for every pair that turns, a sum of two products, one with the cosine of m's angle and one with its
+sine. The products are a query's once and for all; a tile of the context has its own cosines and sines.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def centre_terms(
+    q, held, centre, scale, ROWS: tl.constexpr, ORDER: tl.constexpr, TURNING: tl.constexpr, DIM: tl.constexpr
+):
+    """Queries' products with a head's coefficients: those that go with cosines, with sines, and with neither.
+
+    q are pointers to rows of DIM elements, [ROWS, 1, 1]; `held` says which there are. Returns two
+    [ROWS, terms, pairs] and one [ROWS, terms], float32.
+    """
+    TERMS: tl.constexpr = triton.next_power_of_2(ORDER)
+    PAIRS: tl.constexpr = triton.next_power_of_2(max(TURNING, 1))
+    term, pair = tl.arange(0, TERMS)[None, :, None], tl.arange(0, PAIRS)[None, None, :]
+    column = tl.arange(0, triton.next_power_of_2(DIM))[None, None, :]
+    turning, still = pair < TURNING, (column >= 2 * TURNING) & (column < DIM)
+    first = tl.load(q + pair, held & turning, 0).to(tl.float32) * scale
+    second = tl.load(q + TURNING + pair, held & turning, 0).to(tl.float32) * scale
+    near = tl.load(centre + term * DIM + pair, (term < ORDER) & turning, 0)
+    far = tl.load(centre + term * DIM + TURNING + pair, (term < ORDER) & turning, 0)
+    rest = tl.load(q + column, held & still, 0).to(tl.float32) * scale
+    others = tl.load(centre + term * DIM + column, (term < ORDER) & still, 0)
+    # R_m turns (near, far) by m: near cos - far sin, far cos + near sin.
+    return first * near + second * far, second * near - first * far, tl.sum(rest * others, 2)
+
+
+@triton.jit
+def turn_speeds(frequencies, TURNING: tl.constexpr):
+    """Turns per position of the pairs, float64, zeros behind the last."""
+    pair = tl.arange(0, triton.next_power_of_2(max(TURNING, 1)))
+    return tl.load(frequencies + pair, pair < TURNING, 0).to(tl.float64) * 0.15915494309189535
+
+
+@triton.jit
+def turned_by(position, speeds):
+    """Cosines and sines, float32, of the angles at a position (float32 holds it) of pairs with these `turn_speeds`."""
+    # In float32 the angle of a fast pair far into a text would be good to a few digits only.
+    turns = speeds * position
+    part = (turns - tl.floor(turns + 0.5)).to(tl.float32)
+    # The nearest quarter of a turn, and what is left, at most an eighth: short series do for that.
+    quarter = (part * 4 + 12582912.0) - 12582912.0
+    x = (part - quarter * 0.25) * 6.283185307179586
+    square = x * x
+    sine = x * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
+    cosine = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
+    which = quarter.to(tl.int32)
+    swapped = (which & 1) != 0
+    cos, sin = tl.where(swapped, sine, cosine), tl.where(swapped, cosine, sine)
+    return tl.where(((which + 1) & 2) != 0, -cos, cos), tl.where((which & 2) != 0, -sin, sin)
+
+
+@triton.jit
+def centre_scores(
+    with_cos, with_sin, with_none, speeds, basis, start,
+    ORDER: tl.constexpr, CENTRE_TILE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What `centre_terms` add to the scores of the tokens from `start` on, [ROWS, TILE]."""
+    tl.static_assert(CENTRE_TILE % TILE == 0)
+    TERMS: tl.constexpr = triton.next_power_of_2(ORDER)
+    cos, sin = turned_by(start // CENTRE_TILE * CENTRE_TILE + (CENTRE_TILE - 1) / 2, speeds)
+    weights = tl.sum(with_cos * cos[None, None, :] + with_sin * sin[None, None, :], 2) + with_none
+    term, token = tl.arange(0, TERMS)[:, None], (start % CENTRE_TILE + tl.arange(0, TILE))[None, :]
+    curves = tl.load(basis + token * ORDER + term, (term < ORDER) & (token >= 0), 0)
+    return tl.sum(weights[:, :, None] * curves[None, :, :], 1)

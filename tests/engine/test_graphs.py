@@ -1,0 +1,123 @@
+"""Recorded decode steps give what launched ones give: padding, tables and numbers are all in place.
+
+Here "recording" keeps the function, and "replaying" calls it, on the fixed memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvant.cache.store import KVStore, SwapSpace
+from kvant.config import SamplingParams
+from kvant.engine.core import Core
+from kvant.engine.graphs import DecodeGraphs, batch_sizes
+from kvant.engine.runner import Runner
+from tests.engine.drive import PLANS, Ask, assert_same, core_of, drive, text
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+def test_sizes_are_close_where_padding_costs_most():
+    assert batch_sizes(1) == (1,)
+    assert batch_sizes(6) == (1, 2, 4, 6)
+    assert batch_sizes(50) == (1, 2, 4, 8, 16, 32, 48, 50)
+
+
+def recording(core: Core, calls: list[int], sizes: int) -> Core:
+    """The core, its decode steps recorded."""
+    decoder, store = core._model.decoder, core.store
+    # One more block, as the core itself has it where it records.
+    blocks = torch.cat([store.blocks, torch.zeros_like(store.blocks[:1])])
+    larger = KVStore.allocate(
+        decoder.spec.kv_shape, core.memory.plan, len(blocks), core.memory.block_size, decoder.ops.device
+    )
+    core.store = larger
+
+    def record(function):
+        def replay():
+            calls.append(1)
+            function()
+
+        function()
+        return replay
+
+    graphs = DecodeGraphs(
+        decoder,
+        larger,
+        spare_block=len(blocks) - 1,
+        max_num_seqs=sizes,
+        max_model_len=core.max_model_len,
+        recorder=record,
+    )
+    core._runner = Runner(decoder, larger, SwapSpace(larger, 0), graphs)
+    return core
+
+
+def asks() -> list[Ask]:
+    lengths = (1, 7, 8, 40, 90)
+    kinds = ({"temperature": 0}, {"temperature": 1.2, "seed": 3}, {"temperature": 0, "logprobs": 3})
+    return [
+        (text(seed, length), SamplingParams(**kinds[seed % 3], max_tokens=10 + seed, ignore_eos=True))
+        for seed, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+@pytest.mark.parametrize("plan", ["fp32", "int8", "mixed"])
+def test_recorded_steps_give_what_launched_ones_give(tiny_model, plan, overlapping):
+    settings = {"enable_prefix_caching": False, "max_num_seqs": 8, "async_scheduling": overlapping}
+    calls: list[int] = []
+    outcome = drive(recording(core_of(tiny_model, PLANS[plan], **settings), calls, 8), asks())
+    assert_same(outcome, drive(core_of(tiny_model, PLANS[plan], **settings), asks()))
+    assert len(calls) >= 13
+    for mine, request in zip(outcome.requests, asks(), strict=True):
+        assert (request[1].logprobs is None) == (mine.sampling.logprobs is None)
+
+
+def test_batches_larger_than_recorded_and_prompts_are_launched(tiny_model):
+    calls: list[int] = []
+    core = recording(core_of(tiny_model, max_num_seqs=8), calls, 2)
+    several = drive(core, [(text(seed, 5), replace(asks()[0][1], max_tokens=6)) for seed in range(3)])
+    assert not calls
+    assert all(len(request.sequences[0].output) == 6 for request in several.requests)
+
+
+def test_what_is_beyond_the_batch_is_written_into_nobodys_block(tiny_model):
+    """Three sequences run as a batch of four; every block but theirs stays as it was."""
+    core = recording(core_of(tiny_model, PLANS["mixed"], max_num_seqs=4, enable_prefix_caching=False), [], 4)
+    requests = [core.request(text(seed, 9), asks()[0][1], lambda *event: None) for seed in range(3)]
+    for request in requests:
+        core.add(request)
+    core.step()
+    before = core.store.blocks.clone()
+    core.step()
+    changed = {int(block) for block in (core.store.blocks != before).any(1).nonzero()}
+    held = {block for request in requests for block in request.sequences[0].blocks}
+    assert changed <= held | {len(before) - 1}
+
+
+def test_numbers_that_are_not_finite_are_seen(tiny_model):
+    """A backend that cannot stop leaves a mark beside the token; here the mark is made by hand."""
+    from kvant.errors import NotFiniteError
+
+    calls: list[int] = []
+    core = recording(core_of(tiny_model, max_num_seqs=4), calls, 4)
+    run = core._runner._graphs.run
+
+    def marked(batch, ids):
+        logits, bad = run(batch, ids)
+        bad[1] = 1
+        return logits, bad
+
+    core._runner._graphs.run = marked
+    requests = [core.request(text(seed, 9), asks()[0][1], lambda *event: None) for seed in range(3)]
+    for request in requests:
+        core.add(request)
+    core.step()
+    [(request, failure)] = core.step()
+    assert request is requests[1]
+    assert isinstance(failure.error, NotFiniteError)
+    assert calls

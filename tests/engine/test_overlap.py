@@ -1,0 +1,146 @@
+"""Steps that are launched before the tokens of the one before are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvant.config import SamplingParams
+from kvant.engine.runner import Runner
+from tests.engine.drive import Ask, assert_same, core_of, drive, drive_alone, text
+from tests.engine.simulation import Limits, Simulation
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+def greedy(**changes: object) -> SamplingParams:
+    return SamplingParams(**({"temperature": 0, "max_tokens": 20, "ignore_eos": True} | changes))
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[bool]:
+    """For each step, whether it was launched before the tokens of the last were known."""
+    seen: list[bool] = []
+    launch = Runner.launch
+
+    def watched(self, plan, after=None):
+        seen.append(after is not None)
+        return launch(self, plan, after)
+
+    monkeypatch.setattr(Runner, "launch", watched)
+    return seen
+
+
+def test_all_but_a_prompts_own_step_are_launched_ahead(tiny_model, launches):
+    core = core_of(tiny_model, async_scheduling=True)
+    drive(core, [(text(1, 9), greedy()), (text(2, 30), greedy())])
+    assert launches == [False] + [True] * 19
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{"repetition_penalty": 1.3}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5}, {"min_tokens": 20}],
+    ids=lambda wish: next(iter(wish)),
+)
+def test_a_distribution_that_depends_on_the_answer_so_far_waits_for_it(tiny_model, launches, wish):
+    ask = [(text(1, 9), greedy(**wish))]
+    outcome = drive(core_of(tiny_model, async_scheduling=True), ask)
+    assert not any(launches)
+    assert_same(outcome, drive_alone(tiny_model, ask))
+
+
+def test_an_answer_that_ends_unforeseen_has_no_token_too_many(tiny_model, launches):
+    """Its next token was computed already; nobody sees it, and nobody's cache."""
+    whole = drive_alone(tiny_model, [(text(3, 20), greedy())]).requests[0].sequences[0].output
+    stop = next(token for place, token in enumerate(whole) if place > 4 and token not in whole[:place])
+    asks: list[Ask] = [
+        (text(3, 20), greedy(stop_token_ids=[stop])),
+        (text(3, 20), greedy(max_tokens=40)),
+        (text(4, 31), greedy(max_tokens=40, temperature=1.1, seed=5, logprobs=2)),
+    ]
+    outcome = drive(core_of(tiny_model, async_scheduling=True), asks)
+    assert outcome.requests[0].sequences[0].output == whole[: whole.index(stop) + 1]
+    assert sum(launches) > 30
+    assert_same(outcome, drive_alone(tiny_model, asks))
+
+
+def test_who_arrives_meanwhile_is_admitted_at_once(tiny_model, launches):
+    core = core_of(tiny_model, async_scheduling=True)
+    first = core.request(text(1, 9), greedy(), lambda *event: None)
+    second = core.request(text(2, 9), greedy(), lambda *event: None)
+    core.add(first)
+    for _ in range(4):
+        core.step()
+    core.add(second)
+    core.step()  # the one on its way
+    core.step()
+    assert len(second.sequences[0].output) == 1
+
+
+def test_what_is_on_its_way_for_an_aborted_request_is_dropped(tiny_model):
+    core = core_of(tiny_model, async_scheduling=True)
+    stays, goes = (core.request(text(seed, 9), greedy(), lambda *event: None) for seed in (1, 2))
+    core.add(stays)
+    core.add(goes)
+    core.step()
+    said = list(goes.sequences[0].output)
+    core.abort(goes)
+    while core.has_work():
+        assert all(request is stays for request, _ in core.step())
+    assert goes.sequences[0].output == said
+    assert core.stats().kv_blocks_used == 0
+    expected = drive_alone(tiny_model, [(text(1, 9), greedy())]).requests[0].sequences[0].output
+    assert stays.sequences[0].output == expected
+
+
+def test_an_engine_whose_last_requests_were_aborted_comes_to_rest(tiny_model):
+    core = core_of(tiny_model, async_scheduling=True)
+    request = core.request(text(1, 9), greedy(), lambda *event: None)
+    core.add(request)
+    core.step()
+    core.abort(request)
+    assert core.has_work(), "a step is on its way"
+    assert core.step() == []
+    assert not core.has_work()
+
+
+ROOMY = Limits(block_size=8, num_blocks=64, max_model_len=64, max_num_seqs=2, budget=64, caching=False)
+
+
+def test_no_step_is_planned_beyond_an_answers_limit():
+    sim = Simulation(ROOMY)
+    sim.submit([1] * 5, max_tokens=2, stop_ids=frozenset())
+    plan = sim.scheduler.plan()
+    assert [(row.start, row.stop) for row in sim.scheduler.ahead(plan).rows] == [(5, 6)]
+    sim.step()
+    assert sim.scheduler.ahead(sim.scheduler.plan()) is None
+
+
+def test_a_block_is_taken_for_the_token_after():
+    sim = Simulation(ROOMY)
+    request = sim.submit([1] * 8, stop_ids=frozenset())
+    plan = sim.scheduler.plan()
+    assert len(request.sequences[0].blocks) == 1
+    assert sim.scheduler.ahead(plan) is not None
+    assert len(request.sequences[0].blocks) == 2
+
+
+def test_where_blocks_run_out_the_tokens_are_waited_for():
+    sim = Simulation(Limits(block_size=8, num_blocks=8, max_model_len=64, max_num_seqs=2, budget=80, caching=False))
+    for _ in range(2):
+        sim.submit([1] * 32, stop_ids=frozenset())
+    plan = sim.scheduler.plan()
+    assert sim.pool.num_free == 0
+    assert sim.scheduler.ahead(plan) is None
+
+
+def test_who_waits_without_hope_holds_nobody_up():
+    """Until somebody ends: then there may be room."""
+    sim = Simulation(ROOMY)
+    ends, _, waits = (sim.submit([i] * 5, max_tokens=limit, stop_ids=frozenset()) for i, limit in enumerate((3, 30, 9)))
+    plan = sim.scheduler.plan()
+    assert (sim.scheduler.num_running, sim.scheduler.num_waiting) == (2, 1)
+    assert sim.scheduler.ahead(plan) is not None
+    sim.abort(ends)
+    assert sim.scheduler.ahead(plan) is None
+    sim.submit([7], stop_ids=frozenset())
+    assert waits.scheduled is None
