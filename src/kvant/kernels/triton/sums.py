@@ -13,7 +13,7 @@ _MOST_PARTS = 16
 
 def split_for(steps: int, blocks: int, programs: int) -> int:
     """Into how many parts to cut sums of so many steps, for `blocks` of results to make about so many programs."""
-    return max(1, min(_MOST_PARTS, steps // _LEAST_STEPS, programs // blocks))
+    return max(1, min(_MOST_PARTS, steps // _LEAST_STEPS, programs // max(1, blocks)))
 
 
 def room_for_parts(split: int, out: Tensor, blocks: int, arrivals: Tensor) -> Tensor | None:
