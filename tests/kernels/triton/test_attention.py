@@ -129,11 +129,11 @@ def test_candidates_are_configurations_of_their_own(module):
     it, shape = made("int4"), AttentionShape(8, 1, 64, 0.15)
     it, q = replace(it, batch=longer(it.batch)), torch.zeros(it.tokens, 8, 64)
     found = module.candidates(q, it.cache, it.batch, shape)
-    assert len(found) == len({str(config) for config in found}) > 5
+    assert len(found) == len({str(config) for config in found}) > 2
     assert module.default(q, it.cache, it.batch, shape).blocks.keys() == found[0].blocks.keys()
     assert "h8/1 d64 int4 b16 float32" in module.key(q, it.cache, it.batch, shape)
     assert module.key(q.half(), it.cache, longer(it.batch), shape) != module.key(q.half(), it.cache, it.batch, shape)
 
 
 def longer(batch: AttentionBatch) -> AttentionBatch:
-    return replace(batch, context_lens=tuple(16 * length for length in batch.context_lens))
+    return replace(batch, context_lens=tuple(100 * length for length in batch.context_lens))

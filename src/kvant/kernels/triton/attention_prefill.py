@@ -28,7 +28,7 @@ from kvant.kernels.triton.kv_tiles import (
     vectors,
     width_of,
 )
-from kvant.kernels.triton.launch import Config
+from kvant.kernels.triton.launch import Config, interpreted
 
 SINK_ROWS = 16  # rows of the sinks' tile: the fewest that tensor cores take
 
@@ -293,17 +293,17 @@ def default(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionSh
     """A good guess for data-center GPUs of compute capability 8.0 and 9.0."""
     rows = _longest(batch) * shape.num_heads // shape.num_kv_heads
     wide = triton.next_power_of_2(shape.head_dim) > 128 or q.dtype == torch.float32
-    # The accumulator of 128 rows spills on compute capability 8.0.
-    most = 64 if wide or not _has_warp_groups(q.device) else 128
-    size = min(max(triton.next_power_of_2(rows), 16), most)
-    return Config({"ROWS": size, "TILE": 32 if wide else 64}, 8 if size == 128 or wide else 4, 2)
+    # Where operands lie in registers too, there are not enough of them for 128 rows, or for 64 with 4 warps.
+    roomy = _has_warp_groups()
+    size = min(max(triton.next_power_of_2(rows), 16), 128 if roomy and not wide else 64)
+    return Config({"ROWS": size, "TILE": 32 if wide else 64}, 8 if size == 128 or wide or not roomy else 4, 2)
 
 
 def candidates(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> list[Config]:
     """What may be the fastest."""
     return [
         Config({"ROWS": rows, "TILE": tile}, warps, stages)
-        for rows, warps in ((128, 8), (128, 4), (64, 4), (32, 4))
+        for rows, warps in ((128, 8), (128, 4), (64, 8), (64, 4), (32, 4))
         for tile in (32, 64)
         for stages in (2, 3)
     ]
@@ -313,9 +313,9 @@ def _longest(batch: AttentionBatch) -> int:
     return max(stop - start for start, stop in pairwise(batch.query_starts))
 
 
-def _has_warp_groups(device: torch.device) -> bool:
+def _has_warp_groups() -> bool:
     """Whether tensor cores read their operands from shared memory, as since compute capability 9.0."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    return interpreted() or int(triton.runtime.driver.active.get_current_target().arch) >= 90
 
 
 def _some(arguments: dict[str, object], *names: str) -> dict[str, object]:
