@@ -26,7 +26,7 @@ def linear(x: Tensor | Rounded, weight: TritonWeight, bias: Tensor | None = None
         x = rounded_inputs(x, weight.inputs)
     if isinstance(weight, Dense):
         return F.linear(x, weight.matrix.to(x.dtype), bias)
-    return linear_packed.linear_packed(x, weight, bias, tuning.pick(linear_packed, len(x), weight))
+    return linear_packed.linear_packed(x, weight, bias, tuning.pick(linear_packed, len(x), weight, x.dtype))
 
 
 def takes_codes(weight: Any) -> bool:
