@@ -29,11 +29,13 @@ def awq_scale(weight: Tensor, inputs: Moments, spec: GridSpec, ties: Tensor | No
     """
     # Products with the moments are what takes the time: few rows of a wide weight tell enough.
     rows = spread(weight, min(_ROWS, max(_FEWEST_ROWS, _PRODUCTS // weight.shape[1] ** 2)))
+    # Of each output by itself: values are smaller than the queries and keys beside them, and count as much.
+    shares = inputs.energy(rows).clamp(min=1e-30).rsqrt().unsqueeze(1)
     best, least = torch.ones(weight.shape[1]), torch.inf
     for candidate in _candidates(weight, inputs, spec, ties):
         scaled = rows * candidate
         grid = Grid.plain(spec, scaled)
-        loss = inputs.loss(grid.round(scaled).sub_(scaled).div_(candidate))
+        loss = inputs.loss(grid.round(scaled).sub_(scaled).div_(candidate).mul_(shares))
         if loss < least:
             best, least = candidate, loss
     return best

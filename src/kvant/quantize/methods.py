@@ -59,10 +59,21 @@ class Solution:
 
     def error(self, problem: Problem, inputs: Moments) -> float:
         """What share of the outputs' energy the errors of the weight are, on such inputs."""
+        return inputs.loss(self._errors(problem)) / max(inputs.loss(problem.weight), 1e-30)
+
+    def mean_error(self, problem: Problem, inputs: Moments) -> float:
+        """What share of an output's energy its errors are, the mean of all outputs: what solutions are compared by.
+
+        Fused projections have outputs of very different size, values beside queries and keys, which count the same.
+        """
+        shares = inputs.energy(self._errors(problem)) / inputs.energy(problem.weight).clamp(min=1e-30)
+        return float(shares.mean())
+
+    def _errors(self, problem: Problem) -> Tensor:
         values = self.weight.dequantize(torch.float32)
         if self.scale is not None:
             values /= self.scale
-        return inputs.loss(values - problem.weight) / max(inputs.loss(problem.weight), 1e-30)
+        return values.sub_(problem.weight)
 
 
 Method = Callable[[Problem], Solution]
@@ -114,7 +125,7 @@ def _awq(problem: Problem) -> Solution:
         return replace(_rtn(problem), method="awq")
     # Factors are chosen for plain ranges, and may be of no use once ranges are fitted.
     contenders = (_after_scaling("awq", _rtn)(problem), replace(_rtn(problem), method="awq"))
-    return min(contenders, key=lambda it: it.error(problem, problem.inputs))
+    return min(contenders, key=lambda it: it.mean_error(problem, problem.inputs))
 
 
 _CONTENDERS: tuple[Method, ...] = (_gptq_descent, _awq, _after_scaling("awq+gptq+descent", _gptq_descent))
@@ -124,8 +135,8 @@ def _auto(problem: Problem) -> Solution:
     """The one whose errors are smallest on text that it has not seen; then it sees that too."""
     contenders = _CONTENDERS if problem.settled else _CONTENDERS[:2]
     if problem.unseen is None:
-        return min((method(problem) for method in contenders), key=lambda it: it.error(problem, problem.inputs))
-    errors = {method: method(problem).error(problem, problem.unseen) for method in contenders}
+        return min((method(problem) for method in contenders), key=lambda it: it.mean_error(problem, problem.inputs))
+    errors = {method: method(problem).mean_error(problem, problem.unseen) for method in contenders}
     best = min(errors, key=lambda method: errors[method])
     return best(replace(problem, inputs=problem.inputs.joined(problem.unseen), unseen=None))
 

@@ -78,9 +78,13 @@ class Moments:
             count,
         )
 
+    def energy(self, weight: Tensor) -> Tensor:
+        """The mean square of each output of a weight [N, K]: [N]."""
+        return ((weight @ self.second) * weight).sum(1)
+
     def loss(self, error: Tensor) -> float:
         """The mean squared error of the outputs, summed over them, that errors [N, K] of the weight make."""
-        return float(((error @ self.second) * error).sum(dtype=torch.float64))
+        return float(self.energy(error).sum(dtype=torch.float64))
 
 
 def _sample(texts: Sequence[Tensor], count: int) -> Tensor:
