@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gpu.machine import Machine
 
+REPEATS = 3  # an error that moves between runs is a race
+
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
@@ -37,7 +39,7 @@ def compare(
             wrong group of a row, is within `whole`; it is not within this.
     """
     with poisoned_memory():
-        found = [run().double().cpu() for _ in range(3)]
+        found = [run().double().cpu() for _ in range(1 if machine.small else REPEATS)]
     machine.wait()
     truth = expected.double().cpu()
     errors = [distance(out, truth) for out in found]
