@@ -51,6 +51,21 @@ def test_factors_are_of_use_only_where_inputs_can_be_divided():
     assert METHODS["awq"](problem(foldable=False)).scale is None
 
 
+@pytest.mark.parametrize("name", ["awq", "auto"])
+def test_small_outputs_count_as_much_as_large_ones(name):
+    """Values stand beside queries and keys that are much larger: their size must not decide what is best."""
+    case = problem()
+    sizes = torch.ones(len(case.weight), 1)
+    sizes[::3] = 2.0**-5
+    even, uneven = METHODS[name](case), METHODS[name](replace(case, weight=case.weight * sizes))
+    assert torch.equal(even.scale, uneven.scale)
+    assert even.method == uneven.method
+    errors = [
+        it.mean_error(p, case.inputs) for it, p in ((even, case), (uneven, replace(case, weight=case.weight * sizes)))
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
 def gptq_by_the_paper(w, second, spec, damping=0.01):
     """Frantar et al. 2023, algorithm 1, one weight at a time, in float64; columns in the order of `_visiting_order`."""
     importance = second.diagonal()
