@@ -94,12 +94,12 @@ def config(rows: int, tokens: int, step: int, split: int, fold: int) -> Config:
 
 WAYS = [
     # bits, n, k, group, m, rows, tokens, step, split: a step of several groups, of one, of a part of one
-    (4, 40, 512, 64, 1, 16, 16, 2, 3),
+    (4, 40, 512, 64, 1, 16, 8, 2, 3),
     (4, 33, 320, 32, 5, 32, 16, 4, 1),
     (4, 16, 448, 16, 3, 16, 16, 2, 2),
     (4, 70, 512, 512, 20, 64, 32, 4, 2),
     (4, 20, 264, 128, 40, 32, 16, 1, 1),
-    (8, 40, 256, 16, 2, 16, 16, 4, 2),
+    (8, 40, 256, 16, 2, 16, 8, 4, 2),
     (8, 24, 192, 32, 17, 32, 16, 2, 1),
     (8, 17, 300, 300, 1, 16, 16, 4, 3),
 ]
@@ -192,7 +192,7 @@ def test_configurations_for_real_layers(m, n, k):
             assert one.blocks["STEP"] <= 4
     assert (linear_packed.EXPAND in found) == (m > 64)
     assert linear_packed.key(m, weight, torch.bfloat16).startswith(
-        f"m{max(16, triton.next_power_of_2(m)) if m > 1 else 1} n{n} k{k}"
+        f"m{max(8, triton.next_power_of_2(m)) if m > 1 else 1} n{n} k{k}"
     )
 
 

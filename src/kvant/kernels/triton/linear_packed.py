@@ -29,9 +29,9 @@ EXPAND = Config({"EXPAND": 1})
 
 
 def key(m: int, weight: SpanCodes, dtype: torch.dtype) -> str:
-    """What the best configuration depends on: "m16 n4096 k4096 int4 g128 zero float16".
+    """What the best configuration depends on: "m8 n4096 k4096 int4 g128 zero float16".
 
-    m is 1, or the next power of two from 16 on.
+    m is 1, or the next power of two from 8 on.
     """
     (n, k), group, name = weight.shape, min(weight.group, weight.shape[1]), str(dtype).removeprefix("torch.")
     kind = "bias" if weight.bias is not None else "symmetric" if weight.zero is None else "zero"
@@ -67,7 +67,7 @@ def candidates(m: int, weight: SpanCodes, dtype: torch.dtype) -> list[Config]:
 
 
 def _tokens(m: int) -> int:
-    return int(max(16, triton.next_power_of_2(m)))
+    return int(max(8, triton.next_power_of_2(m)))  # tensor cores take no fewer
 
 
 def _config(
@@ -130,7 +130,8 @@ def _linear(
     zeros, biases, bias and parts may be None.
     """
     SPAN: tl.constexpr = WORDS * (16 // BITS)
-    PIECE: tl.constexpr = min(STEP, max(1, GROUP // SPAN))  # spans that share a scale
+    # Spans that share a scale.
+    PIECE: tl.constexpr = STEP if GROUP >= STEP * SPAN else (GROUP // SPAN if GROUP >= SPAN else 1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row, part = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(2)
     steps = tl.cdiv(tl.cdiv(k, SPAN), STEP)
@@ -172,7 +173,7 @@ def _add_piece(
 ):  # fmt: skip
     """total + W x^T over PIECE spans from `span` on; scale and offset are theirs if AHEAD, and loaded here if not."""
     PLACES: tl.constexpr = 16 // BITS
-    ALIKE: tl.constexpr = min(PLACES, GROUP // WORDS)  # places that share a scale
+    ALIKE: tl.constexpr = PLACES if GROUP >= PLACES * WORDS else GROUP // WORDS  # places that share a scale
     TYPE: tl.constexpr = x.dtype.element_ty
     j = tl.arange(0, PIECE * WORDS)
     at = (span + j // WORDS).to(tl.int64)[None, :] * (n * WORDS) + row[:, None] * WORDS + (j % WORDS)[None, :]
