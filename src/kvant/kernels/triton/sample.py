@@ -15,7 +15,7 @@ from torch import Tensor
 from kvant.kernels.ops import SamplingBatch
 from kvant.kernels.triton.launch import interpreted
 
-BLOCK = 8192
+BLOCK = 4096
 
 
 def greedy(logits: Tensor) -> Tensor:
