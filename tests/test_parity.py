@@ -275,7 +275,6 @@ LENGTHS = st.lists(
     window=st.sampled_from((None, None, 1, 5, 16, 100)), softcap=st.sampled_from((None, None, 2.0, 30.0)),
     dtype=DTYPES, seed=SEEDS,
 )  # fmt: skip
-@few_interpreted
 def test_attention(attending, name, lengths, kv_heads, ratio, dim, block_size, window, softcap, dtype, seed):
     it = scene_of(name, kv_heads, dim, block_size, lengths, seed)
     shape = AttentionShape(kv_heads * ratio, kv_heads, dim, 1.3 / dim**0.5, window, softcap)
