@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from kvant.config import SamplingParams
-from kvant.formats.kv import KV_FORMATS
+from kvant.formats.kv import KV_FORMATS, KVPlan, resolve_kv_format
 from kvant.kernels.reference import ReferenceOps
 from kvant.kernels.triton.ops import TritonOps
+from kvant.models.forcing import force, new_store
 from kvant.quantize.rtn import rtn
 from kvant.weights.load import LoadedModel, load_model
 from kvant.weights.matrices import Rounding
@@ -54,6 +56,19 @@ def test_it_says_what_the_reference_says(models, kv, weights):
     expected = drive(core_of(models[f"reference {weights}"], plan, **settings), ASKS)
     found = drive(core_of(models[f"triton {weights}"], plan, async_scheduling=True, **settings), ASKS)
     assert said(found) == said(expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_embedding_of_codes_makes_no_model_of_float32(tmp_path, dtype):
+    path = write_checkpoint(tmp_path, hidden_size=64, intermediate_size=96, head_dim=64, num_hidden_layers=1)
+    model = load_model(path, dtype=dtype, ops=TritonOps(), weights=INT4)
+    plan = KVPlan.uniform(resolve_kv_format("auto", model.dtype), 1)
+    hidden = force(model.decoder, new_store(model.decoder, plan, 3), text(1, 3), 3)
+    assert hidden.dtype == model.dtype
+    assert model.decoder.logits(hidden).dtype == torch.float32
+    expected = load_model(path, dtype="float32", ops=ReferenceOps(), weights=INT4).decoder
+    close = force(expected, new_store(expected, plan, 3), text(1, 3), 3)
+    assert (hidden.float() - close).norm() < 0.03 * close.norm()
 
 
 def test_recorded_steps_say_the_same(models):

@@ -16,12 +16,20 @@ from kvant.models.spec import ModelSpec
 
 
 class Decoder:
-    """A model bound to a backend. It holds no state of any sequence: the KV cache is an argument."""
+    """A model bound to a backend. It holds no state of any sequence: the KV cache is an argument.
 
-    def __init__(self, spec: ModelSpec, weights: DecoderWeights, ops: Ops) -> None:
+    Args:
+        spec: the model's.
+        weights: prepared for the backend.
+        ops: the backend.
+        dtype: of activations; None takes what `ops.embedding` gives, which is float32 where the embedding is quantized.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: DecoderWeights, ops: Ops, dtype: torch.dtype | None = None) -> None:
         self.spec = spec
         self.ops = ops
         self._weights = weights
+        self._dtype = dtype
         self._ropes = {
             layer.rope: RotaryEmbedding(layer.rope, ops.device) for layer in spec.layers if layer.rope is not None
         }
@@ -29,7 +37,7 @@ class Decoder:
 
     def with_ops(self, ops: Ops) -> Decoder:
         """The same model bound to other ops that take the same prepared weights."""
-        return Decoder(self.spec, self._weights, ops)
+        return Decoder(self.spec, self._weights, ops, self._dtype)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, batch: AttentionBatch, rope_lengths: Tensor, cache: Sequence[KVLayer]) -> Tensor:
@@ -49,6 +57,7 @@ class Decoder:
             if hidden is not None:
                 return hidden
         x = ops.embedding(ids, self._weights.embedding) * spec.embedding_scale
+        x = x if self._dtype is None else x.to(self._dtype)
         residual = torch.zeros_like(x)
         for layer, weights, kv in zip(spec.layers, self._weights.layers, cache, strict=True):
             tokens = TokenContext(batch, rotary[layer.rope] if layer.rope else None, query_scale)

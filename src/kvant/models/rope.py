@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kvant.models.spec import RopeSpec
 
+_DOUBLINGS = 16  # of Qwen's original length: more than any text has
+
 
 def inverse_frequencies(spec: RopeSpec, length: int) -> Tensor:
     """Radians per position for each pair, [dim / 2] float32, in a prompt of `length` tokens."""
@@ -69,11 +71,14 @@ def _llama3(spec: RopeSpec) -> Tensor:
 
 
 class RotaryEmbedding:
-    """cos and sin for the tokens of a step; frequencies that do not depend on a length are computed once."""
+    """cos and sin for the tokens of a step. Nothing looks at the tokens' numbers, which a recorded step could not do."""
 
     def __init__(self, spec: RopeSpec, device: torch.device | str = "cpu") -> None:
         self._spec = spec
-        self._fixed = None if spec.depends_on_length else inverse_frequencies(spec, spec.original_length).to(device)
+        self._bounds = torch.tensor(_bounds(spec), dtype=torch.int64, device="cpu").to(device)
+        lengths = [*_bounds(spec), max(_bounds(spec), default=spec.original_length) + 1]
+        self._rows = torch.stack([inverse_frequencies(spec, length) for length in lengths]).to(device)
+        self._exponents = (torch.arange(0, spec.dim, 2, device="cpu").double() / -spec.dim).to(device)
 
     def __call__(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Angles' cosines and sines, each [T, dim / 2] float32.
@@ -86,10 +91,19 @@ class RotaryEmbedding:
         return angles.cos() * self._spec.attention_factor, angles.sin() * self._spec.attention_factor
 
     def _frequencies(self, lengths: Tensor) -> Tensor:
-        if self._fixed is not None:
-            return self._fixed
-        distinct, which = lengths.unique(return_inverse=True)
-        return torch.stack([inverse_frequencies(self._spec, int(n)) for n in distinct]).to(lengths.device)[which]
+        spec = self._spec
+        if spec.kind == "dynamic":  # other ones for every length
+            ratio = lengths.clamp(min=spec.original_length).double() / spec.original_length
+            stretch = (spec.factor * ratio - (spec.factor - 1)) ** (spec.dim / (spec.dim - 2))
+            return (spec.theta * stretch).unsqueeze(1).pow(self._exponents).float()
+        return self._rows[torch.bucketize(lengths, self._bounds)] if len(self._bounds) else self._rows
+
+
+def _bounds(spec: RopeSpec) -> list[int]:
+    """The lengths up to which the same frequencies hold; one more set holds beyond the last."""
+    if spec.kind == "qwen":
+        return [spec.original_length << doublings for doublings in range(_DOUBLINGS)]
+    return [spec.original_length] if spec.kind == "longrope" and spec.depends_on_length else []
 
 
 def rope_length(spec: RopeSpec, prompt_length: int, position: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvant.cache.memory import available_memory, device_memory
 from kvant.errors import CorruptModelError, MemoryFitError, UnsupportedModelError
 from kvant.formats.weight import PackedWeight
+from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.ops import Ops
 from kvant.models.config_keys import token_ids
 from kvant.models.decoder import Decoder
@@ -108,7 +109,8 @@ def load_model(
     prepared = WeightLoader(source, spec, matrices, ops).load()
     check_places(source, source.unread())
     rounding = weights.name if isinstance(weights, Rounding) else None
-    return LoadedModel(Decoder(spec, prepared, ops), source, matrices.dtype, _ends(source, spec), rounding)
+    decoder = Decoder(spec, prepared, ops, _activations(matrices.dtype, ops))
+    return LoadedModel(decoder, source, matrices.dtype, _ends(source, spec), rounding)
 
 
 def _map(source: WorkspaceSource, spec: ModelSpec, dtype: str, ops: Ops, weights: str | Rounding) -> LoadedModel:
@@ -116,8 +118,14 @@ def _map(source: WorkspaceSource, spec: ModelSpec, dtype: str, ops: Ops, weights
     mapped, size = mapped_weights(source, spec, ops)
     made = source.made
     rounding = None if made.weights in ("auto", "dense") else made.weights
-    decoder = Decoder(spec, mapped, ops)
-    return LoadedModel(decoder, source, CHECKPOINT_DTYPES[made.dtype], _ends(source, spec), rounding, size)
+    computed_in = CHECKPOINT_DTYPES[made.dtype]
+    decoder = Decoder(spec, mapped, ops, _activations(computed_in, ops))
+    return LoadedModel(decoder, source, computed_in, _ends(source, spec), rounding, size)
+
+
+def _activations(dtype: torch.dtype, ops: Ops) -> torch.dtype | None:
+    """The type of activations, which an embedding of codes does not have; native CPU kernels know float32 alone."""
+    return None if isinstance(ops, CpuOps) else dtype
 
 
 def _ends(source: TensorSource, spec: ModelSpec) -> tuple[int, ...]:
