@@ -55,14 +55,14 @@ def _raised(raw, KIND: tl.constexpr, EXACT: tl.constexpr):
     return low, high
 
 
-@triton.jit
-def _unit(KIND: tl.constexpr):
+@triton.constexpr_function
+def _unit(KIND):
     """How many steps of the (odd) codes lie between 1 and 2."""
     return 128.0 if KIND == "u4" else (256.0 if KIND == "u8" or KIND == "s8" else 1.0)
 
 
-@triton.jit
-def _zero(KIND: tl.constexpr):
+@triton.constexpr_function
+def _zero(KIND):
     """What code 0 is raised to."""
     return 1.0 if KIND == "u4" or KIND == "u8" else (1.5 if KIND == "s8" else 0.0)
 

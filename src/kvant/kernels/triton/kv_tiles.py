@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def width_of(KIND: tl.constexpr, DIM: tl.constexpr):
+@triton.constexpr_function
+def width_of(KIND, DIM):
     """Elements of a vector's codes."""
     return DIM // 2 if KIND == "u4" else DIM
 
@@ -62,8 +62,8 @@ def half_of(bits):
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
-@triton.jit
-def words_of(STEPS: tl.constexpr, GROUPS: tl.constexpr):
+@triton.constexpr_function
+def words_of(STEPS, GROUPS):
     """The int16s of a vector's scales and shifts."""
     return 2 if STEPS == "affine" else GROUPS
 

@@ -93,7 +93,7 @@ def _linear(
     for _ in range(first, last):
         weights = tl.load(left, inside[:, None], other=0)
         inputs = tl.load(right, asked[None, :], other=0)
-        total = tl.dot(weights, inputs, total)
+        total = tl.dot(weights, inputs, total, out_dtype=tl.int32)
         left += DEPTH
         right += DEPTH
     by_row = tl.load(scale + row, inside, other=0.0)[:, None]
