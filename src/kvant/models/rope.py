@@ -71,7 +71,7 @@ def _llama3(spec: RopeSpec) -> Tensor:
 
 
 class RotaryEmbedding:
-    """cos and sin for the tokens of a step. Nothing looks at the tokens' numbers, which a recorded step could not do."""
+    """cos and sin for the tokens of a step. Nothing looks at the tokens' numbers: a recorded step could not do so."""
 
     def __init__(self, spec: RopeSpec, device: torch.device | str = "cpu") -> None:
         self._spec = spec
