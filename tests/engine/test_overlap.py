@@ -144,3 +144,16 @@ def test_who_waits_without_hope_holds_nobody_up():
     assert sim.scheduler.ahead(plan) is None
     sim.submit([7], stop_ids=frozenset())
     assert waits.scheduled is None
+
+
+def test_no_step_goes_on_for_a_choice_that_was_aborted_meanwhile():
+    """Though as many run as the step has: one of them had no share of it."""
+    sim = Simulation(Limits(block_size=8, num_blocks=64, max_model_len=64, max_num_seqs=3, budget=2, caching=False))
+    request = sim.submit([1, 2], n=3, stop_ids=frozenset())
+    sim.step()
+    plan = sim.scheduler.plan()
+    assert [row.sequence.index for row in plan.rows] == [0, 1]
+    sim.abort(request, 0)
+    assert sim.scheduler.num_running == 2
+    assert sim.scheduler.ahead(plan) is None
+    sim.check_holders()
