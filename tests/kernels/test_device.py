@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Makes PyTorch believe in a machine."""
+    """Makes PyTorch believe in a machine, and gives the devices that become the current one."""
 
     def make(*, built="13.0", usable=True, says=None, gpus=1, capability=(9, 0), driver=False):
         def init():
@@ -36,6 +36,9 @@ def machine(monkeypatch, tmp_path):
         if driver:
             version.touch()
         monkeypatch.setattr(devices, "_NVIDIA_DRIVER", version)
+        chosen = []
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
 
     return make
 
@@ -111,6 +114,12 @@ def test_without_triton_the_reference_computes(machine, monkeypatch, caplog):
     monkeypatch.setitem(__import__("sys").modules, "triton", None)
     assert type(select_ops("cuda")) is ReferenceOps
     assert "pip install kvant[gpu]" in caplog.text
+
+
+def test_a_gpu_that_is_named_becomes_the_threads_current_one(machine):
+    told = machine(gpus=2)
+    assert select_ops("cuda:1").device == torch.device("cuda", 1)
+    assert told == [torch.device("cuda", 1)]
 
 
 def test_newer_gpus_compute_with_triton(machine):

@@ -72,6 +72,12 @@ def _checked(device: torch.device) -> torch.device:
     return device
 
 
+def use_device(device: torch.device) -> None:
+    """Make a GPU the calling thread's current one: launches, streams, events and graphs are made there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def runs_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on a GPU; where they do not, a warning says why and what that means."""
     capability = torch.cuda.get_device_capability(device)
