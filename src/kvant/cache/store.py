@@ -138,10 +138,10 @@ class SwapSpace:
     def __init__(self, store: KVStore, num_blocks: int) -> None:
         try:
             kept = lazy_zeros((num_blocks, store.blocks.shape[1]), torch.uint8)
-        except MemoryError as error:
+            # A device copies by itself, and without waiting, only to and from memory that stays where it is.
+            self._kept = kept.pin_memory() if num_blocks and store.blocks.is_cuda else kept
+        except (MemoryError, RuntimeError) as error:
             raise MemoryFitError(f"the system refused {num_blocks:,} blocks of swap space; lower swap_space") from error
-        # A device copies by itself, and without waiting, only to and from memory that stays where it is.
-        self._kept = kept.pin_memory() if num_blocks and store.blocks.is_cuda else kept
         self._blocks = store.blocks
 
     def swap_out(self, moves: Sequence[tuple[int, int]]) -> None:
