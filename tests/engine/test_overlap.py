@@ -6,6 +6,8 @@ import pytest
 
 from kvant.config import SamplingParams
 from kvant.engine.runner import Runner
+from kvant.engine.sequence import Failure
+from kvant.errors import NotFiniteError
 from tests.engine.drive import Ask, assert_same, core_of, drive, drive_alone, text
 from tests.engine.simulation import Limits, Simulation
 
@@ -101,6 +103,32 @@ def test_an_engine_whose_last_requests_were_aborted_comes_to_rest(tiny_model):
     assert core.has_work(), "a step is on its way"
     assert core.step() == []
     assert not core.has_work()
+
+
+def test_what_is_not_finite_in_a_step_ahead_ends_its_own_request(tiny_model, monkeypatch):
+    """Where the backend sees it while the step before is not committed: the tokens are those of another plan."""
+    core = core_of(tiny_model, async_scheduling=True)
+    fine, broken = (
+        core.request(text(seed, length), greedy(), lambda *event: None) for seed, length in ((1, 9), (2, 30))
+    )
+    core.add(fine)
+    core.add(broken)
+    launch = Runner.launch
+
+    def failing(self, plan, after=None):
+        for token, row in enumerate(plan.rows):
+            if row.sequence.request is broken and row.start > 32:
+                raise NotFiniteError("by hand", [token])
+        return launch(self, plan, after)
+
+    monkeypatch.setattr(Runner, "launch", failing)
+    events = [event for _ in range(8) for event in core.step()]
+    assert [request for request, event in events if isinstance(event, Failure)] == [broken]
+    assert len(broken.sequences[0].output) == 4
+    while core.has_work():
+        core.step()
+    expected = drive_alone(tiny_model, [(text(1, 9), greedy())]).requests[0].sequences[0].output
+    assert fine.sequences[0].output == expected
 
 
 ROOMY = Limits(block_size=8, num_blocks=64, max_model_len=64, max_num_seqs=2, budget=64, caching=False)

@@ -170,13 +170,20 @@ class Core:
         plan = self._scheduler.plan() if flight is None else flight.plan
         try:
             flight = flight or self._runner.launch(plan)
-            following = self._scheduler.ahead(plan) if self._limits.overlapping else None
-            launched = None if following is None else self._runner.launch(following, flight)
+            launched = self._launch_after(flight) if self._limits.overlapping else None
             sampled = flight.sampled()
         except NotFiniteError as error:
             return self._drop(plan, error)  # with what was launched after it
         self._flight = launched
         return self._scheduler.commit(plan, sampled)
+
+    def _launch_after(self, flight: Flight) -> Flight | None:
+        """The step after one whose tokens are not known, where it can be planned."""
+        following = self._scheduler.ahead(flight.plan)
+        try:
+            return None if following is None else self._runner.launch(following, flight)
+        except NotFiniteError:  # of a backend that sees it at once: planned again, it says so as a step of its own
+            return None
 
     def _drop(self, plan: Plan, error: NotFiniteError) -> list[tuple[Request, Failure]]:
         """End the requests that the error's tokens belong to. What the step computed is computed again."""
