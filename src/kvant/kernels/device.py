@@ -94,5 +94,23 @@ def runs_triton(device: torch.device) -> bool:
     return False
 
 
+def check_triton() -> None:
+    """That Triton can launch kernels: it compiles some C when it does so for the first time.
+
+    Raises:
+        ConfigError: it cannot, with the remedy.
+    """
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_device()
+    except Exception as error:  # no compiler, no headers, no place to write to
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"Triton cannot launch kernels here ({said[0]}); it needs a C compiler and Python's headers (packages gcc "
+            "and python3-dev), and a directory that it can write to, TRITON_CACHE_DIR; device='cpu' needs none of it"
+        ) from error
+
+
 def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"

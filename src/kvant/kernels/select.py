@@ -12,7 +12,7 @@ from kvant.errors import NativeLibraryError
 from kvant.kernels.cpu.library import Library, find_library, load_library, open_library
 from kvant.kernels.cpu.native import Native
 from kvant.kernels.cpu.ops import CpuOps
-from kvant.kernels.device import find_device, runs_triton, use_device
+from kvant.kernels.device import check_triton, find_device, runs_triton, use_device
 from kvant.kernels.ops import Ops
 from kvant.kernels.reference import ReferenceOps
 from kvant.kernels.triton import launch
@@ -63,6 +63,7 @@ def _gpu_ops(device: torch.device) -> Ops:
     use_device(device)
     if not runs_triton(device):
         return ReferenceOps(device)
+    check_triton()
     from kvant.kernels.triton.ops import TritonOps
 
     return TritonOps(device)
