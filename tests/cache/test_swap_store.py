@@ -120,7 +120,9 @@ def test_the_report_tells_its_size():
 
 def test_what_the_pool_leaves_must_do():
     assert fit(15 * BLOCK, 5 * BLOCK).swap_blocks == 5
-    with pytest.raises(MemoryFitError, match=r"swap_space needs .* MiB, .* MiB are free; lower swap_space, kv_cache_m"):
+    with pytest.raises(
+        MemoryFitError, match=r"swap_space needs .* beside the KV cache .* MiB are free; lower swap_space, kv_c"
+    ):
         fit(15 * BLOCK, 6 * BLOCK)
     with pytest.raises(MemoryFitError, match="swap_space needs"):
         fit(15 * BLOCK, 0.5)
@@ -137,3 +139,16 @@ def test_less_than_a_block_is_refused():
         fit(100 * BLOCK, BLOCK - 1)
     with pytest.raises(MemoryFitError, match="swap_space is 16,384 bytes"):
         fit(50 * BLOCK, 0.01)
+
+
+def test_beside_a_gpu_it_takes_the_hosts_memory():
+    """What the pool leaves of the device's has nothing to do with it."""
+
+    def fit_beside(host: int, swap_space: int | float) -> int:
+        config = EngineConfig(block_size=16, num_kv_blocks=10, swap_space=swap_space)
+        return fit_pool(config, SHAPE, FP32, 2048, 11 * BLOCK, "cuda", host).swap_blocks
+
+    assert fit_beside(100 * BLOCK, 60 * BLOCK) == 60
+    assert fit_beside(100 * BLOCK, 0.5) == 50
+    with pytest.raises(MemoryFitError, match=r"of the host's memory, .* MiB are free; lower swap_space$"):
+        fit_beside(30 * BLOCK, 60 * BLOCK)

@@ -13,6 +13,7 @@ from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.batch import build_batch
 from kvant.engine.profile import run_largest_step
 from kvant.engine.sampler import _reshape, _sampling_batch
+from kvant.evaluate.perplexity import compare_kv
 from kvant.kernels.reference import ReferenceOps
 from kvant.weights.load import load_model
 from tests.engine.checkpoint import write_checkpoint
@@ -46,6 +47,13 @@ def test_a_step_is_computed_where_the_ops_are(tmp_path, plan, rope):
         assert [item.token_id for item in sampled] == tokens.tolist()
         core._scheduler.commit(step, sampled)
         assert len(samplers) == 2
+
+
+def test_predictions_are_scored_where_the_ops_are(tiny_model):
+    windows = [text(1, 70)]
+    expected = compare_kv(tiny_model, {"int8": PLANS["int8"]}, windows)
+    with torch.device("meta"):
+        assert compare_kv(tiny_model, {"int8": PLANS["int8"]}, windows) == expected
 
 
 @pytest.mark.parametrize("plan", ["fp16", "mixed"])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from kvant.config import SamplingParams
 from kvant.engine.core import Core
@@ -252,3 +253,13 @@ def test_idle_it_sleeps(core, engine, monkeypatch):
     assert not rounds
     assert len(submit(engine, SHORT)[1].all()) == 5
     assert rounds
+
+
+def test_its_thread_computes_on_the_device_of_the_model(core, monkeypatch):
+    """A thread has a current GPU of its own, which is the first unless it says otherwise."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append((device, threading.current_thread().name)))
+    monkeypatch.setattr(Core, "device", torch.device("cuda", 1))
+    engine = Engine(core)
+    engine.close()
+    assert told == [(torch.device("cuda", 1), "kvant-engine")]

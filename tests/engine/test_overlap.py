@@ -6,6 +6,8 @@ import pytest
 
 from kvant.config import SamplingParams
 from kvant.engine.runner import Runner
+from kvant.engine.sequence import Failure
+from kvant.errors import NotFiniteError
 from tests.engine.drive import Ask, assert_same, core_of, drive, drive_alone, text
 from tests.engine.simulation import Limits, Simulation
 
@@ -103,6 +105,32 @@ def test_an_engine_whose_last_requests_were_aborted_comes_to_rest(tiny_model):
     assert not core.has_work()
 
 
+def test_what_is_not_finite_in_a_step_ahead_ends_its_own_request(tiny_model, monkeypatch):
+    """Where the backend sees it while the step before is not committed: the tokens are those of another plan."""
+    core = core_of(tiny_model, async_scheduling=True)
+    fine, broken = (
+        core.request(text(seed, length), greedy(), lambda *event: None) for seed, length in ((1, 9), (2, 30))
+    )
+    core.add(fine)
+    core.add(broken)
+    launch = Runner.launch
+
+    def failing(self, plan, after=None):
+        for token, row in enumerate(plan.rows):
+            if row.sequence.request is broken and row.start > 32:
+                raise NotFiniteError("by hand", [token])
+        return launch(self, plan, after)
+
+    monkeypatch.setattr(Runner, "launch", failing)
+    events = [event for _ in range(8) for event in core.step()]
+    assert [request for request, event in events if isinstance(event, Failure)] == [broken]
+    assert len(broken.sequences[0].output) == 4
+    while core.has_work():
+        core.step()
+    expected = drive_alone(tiny_model, [(text(1, 9), greedy())]).requests[0].sequences[0].output
+    assert fine.sequences[0].output == expected
+
+
 ROOMY = Limits(block_size=8, num_blocks=64, max_model_len=64, max_num_seqs=2, budget=64, caching=False)
 
 
@@ -144,3 +172,16 @@ def test_who_waits_without_hope_holds_nobody_up():
     assert sim.scheduler.ahead(plan) is None
     sim.submit([7], stop_ids=frozenset())
     assert waits.scheduled is None
+
+
+def test_no_step_goes_on_for_a_choice_that_was_aborted_meanwhile():
+    """Though as many run as the step has: one of them had no share of it."""
+    sim = Simulation(Limits(block_size=8, num_blocks=64, max_model_len=64, max_num_seqs=3, budget=2, caching=False))
+    request = sim.submit([1, 2], n=3, stop_ids=frozenset())
+    sim.step()
+    plan = sim.scheduler.plan()
+    assert [row.sequence.index for row in plan.rows] == [0, 1]
+    sim.abort(request, 0)
+    assert sim.scheduler.num_running == 2
+    assert sim.scheduler.ahead(plan) is None
+    sim.check_holders()

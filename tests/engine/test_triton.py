@@ -100,6 +100,8 @@ def test_what_is_not_finite_ends_its_own_request(models):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.decoder.ops, "rope_write_kv", overflowing)
         [(request, failure)] = core.step()
+        with pytest.raises(NotFiniteError):
+            force(model.decoder, new_store(model.decoder, PLANS_OF_64["int8_plain"], 8), text(1, 8), 8)
     assert request is requests[0]
     assert isinstance(failure, Failure)
     assert isinstance(failure.error, NotFiniteError)

@@ -9,7 +9,8 @@ import torch
 
 from kvant.errors import ConfigError
 from kvant.kernels import device as devices
-from kvant.kernels.device import find_device, runs_triton
+from kvant.kernels import select as selection
+from kvant.kernels.device import check_triton, find_device, runs_triton
 from kvant.kernels.reference import ReferenceOps
 from kvant.kernels.select import select_ops
 
@@ -18,7 +19,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Makes PyTorch believe in a machine."""
+    """Makes PyTorch believe in a machine, and gives the devices that become the current one."""
 
     def make(*, built="13.0", usable=True, says=None, gpus=1, capability=(9, 0), driver=False):
         def init():
@@ -36,6 +37,10 @@ def machine(monkeypatch, tmp_path):
         if driver:
             version.touch()
         monkeypatch.setattr(devices, "_NVIDIA_DRIVER", version)
+        monkeypatch.setattr(selection, "check_triton", lambda: None)
+        chosen = []
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
 
     return make
 
@@ -113,7 +118,25 @@ def test_without_triton_the_reference_computes(machine, monkeypatch, caplog):
     assert "pip install kvant[gpu]" in caplog.text
 
 
+def test_a_gpu_that_is_named_becomes_the_threads_current_one(machine):
+    told = machine(gpus=2)
+    assert select_ops("cuda:1").device == torch.device("cuda", 1)
+    assert told == [torch.device("cuda", 1)]
+
+
 def test_newer_gpus_compute_with_triton(machine):
     machine()
     ops = select_ops("auto")
     assert (ops.name, ops.device) == ("triton", CUDA)
+
+
+def test_a_triton_that_cannot_launch_is_told_with_the_remedy(monkeypatch):
+    driver = pytest.importorskip("triton.runtime").driver
+
+    class Bare:
+        def get_current_device(self):
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(driver, "_active", Bare())
+    with pytest.raises(ConfigError, match=r"Failed to find C compiler\..*packages gcc and python3-dev"):
+        check_triton()

@@ -138,10 +138,10 @@ class SwapSpace:
     def __init__(self, store: KVStore, num_blocks: int) -> None:
         try:
             kept = lazy_zeros((num_blocks, store.blocks.shape[1]), torch.uint8)
-        except MemoryError as error:
+            # A device copies by itself, and without waiting, only to and from memory that stays where it is.
+            self._kept = kept.pin_memory() if num_blocks and store.blocks.is_cuda else kept
+        except (MemoryError, RuntimeError) as error:
             raise MemoryFitError(f"the system refused {num_blocks:,} blocks of swap space; lower swap_space") from error
-        # A device copies by itself, and without waiting, only to and from memory that stays where it is.
-        self._kept = kept.pin_memory() if num_blocks and store.blocks.is_cuda else kept
         self._blocks = store.blocks
 
     def swap_out(self, moves: Sequence[tuple[int, int]]) -> None:
@@ -162,6 +162,7 @@ def fit_pool(
     max_position: int,
     free: int,
     device: str = "cpu",
+    host: int | None = None,
 ) -> MemoryReport:
     """How many blocks the pool and the swap space get.
 
@@ -175,6 +176,7 @@ def fit_pool(
         max_position: the model's longest context.
         free: bytes available now, the weights already loaded.
         device: its kind, "cpu" or "cuda": a GPU's memory is for one program, where a CPU's is for many.
+        host: bytes that the host has for the swap space; None where it is the host that computes, out of `free`.
 
     Raises:
         ConfigError: a block is too small for the sinks that the plan keeps.
@@ -197,26 +199,28 @@ def fit_pool(
         blocks = int(free * budget if isinstance(budget, float) else budget) // block_bytes
     report = MemoryReport(shape, plan, blocks, config.block_size)
     _check_fit(config, report, free)
-    return replace(report, swap_blocks=_fit_swap(config, report, free))
+    left = free - report.pool_bytes if host is None else host
+    return replace(report, swap_blocks=_fit_swap(config, report, free if host is None else host, left))
 
 
-def _fit_swap(config: EngineConfig, report: MemoryReport, free: int) -> int:
-    """Blocks of the swap space. A fraction is of all free memory, as the pool's is; what the pool leaves must do."""
+def _fit_swap(config: EngineConfig, report: MemoryReport, free: int, left: int) -> int:
+    """Blocks of the swap space. A fraction is of all the host's free memory; what is left of that must do."""
     space = config.swap_space
     if space is None:
         return 0
     assert not isinstance(space, str), "EngineConfig parses sizes"
     asked = int(free * space) if isinstance(space, float) else space
-    blocks, left = asked // report.block_bytes, free - report.pool_bytes
+    blocks = asked // report.block_bytes
     if not blocks:
         raise MemoryFitError(
             f"swap_space is {asked:,} bytes, one block of {report.block_size} tokens takes {report.block_bytes:,}; "
             "raise swap_space (a size has a unit: '2GiB', '800MB', '10%'), or leave it out"
         )
     if blocks * report.block_bytes > left:
+        beside, remedy = ("", "") if left == free else ("beside the KV cache ", ", kv_cache_memory or num_kv_blocks")
         raise MemoryFitError(
-            f"swap_space needs {_mib(asked)}, beside the KV cache {_mib(left)} are free; "
-            "lower swap_space, kv_cache_memory or num_kv_blocks"
+            f"swap_space needs {_mib(asked)} of the host's memory, {beside}{_mib(left)} are free; "
+            f"lower swap_space{remedy}"
         )
     return blocks
 

@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 
+import torch
+
 from kvant.cache.blocks import BlockPool
 from kvant.cache.memory import available_memory, device_memory
 from kvant.cache.prefix import PrefixTree
@@ -16,7 +18,7 @@ from kvant.engine.profile import step_memory
 from kvant.engine.runner import Flight, Runner
 from kvant.engine.scheduler import Scheduler
 from kvant.engine.sequence import Failure, Plan, Request, Sink, TokenEvent
-from kvant.errors import ConfigError, NotFiniteError, RequestError
+from kvant.errors import ConfigError, MemoryFitError, NotFiniteError, RequestError
 from kvant.formats.kv import KVPlan, resolve_kv_format
 from kvant.weights.load import LoadedModel
 
@@ -81,22 +83,33 @@ class Core:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
-        recorded = device.type == "cuda" and model.decoder.ops.capturable and not config.enforce_eager
+        recorded = _records(model, config)
         # One block is nobody's: recorded steps write there what is beyond the batch.
         self.store = KVStore.allocate(spec.kv_shape, plan, self.memory.num_blocks + recorded, config.block_size, device)
         graphs = self._record() if recorded else None
         self._runner = Runner(model.decoder, self.store, SwapSpace(self.store, self.memory.swap_blocks), graphs)
         self._flight: Flight | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; on a GPU, in threads whose current device that is."""
+        return self._model.decoder.ops.device
+
     def _record(self) -> DecodeGraphs:
-        return DecodeGraphs(
-            self._model.decoder,
-            self.store,
-            spare_block=self.memory.num_blocks,
-            max_num_seqs=self._limits.max_num_seqs,
-            max_model_len=self.max_model_len,
-            recorder=CudaRecorder(),
-        )
+        try:
+            return DecodeGraphs(
+                self._model.decoder,
+                self.store,
+                spare_block=self.memory.num_blocks,
+                max_num_seqs=self._limits.max_num_seqs,
+                max_model_len=self.max_model_len,
+                recorder=CudaRecorder(),
+            )
+        except torch.OutOfMemoryError as error:
+            raise MemoryFitError(
+                "recording the decode steps takes more memory than the KV cache leaves; lower kv_cache_memory or "
+                "max_num_seqs, or set enforce_eager=True"
+            ) from error
 
     def request(self, prompt: List[int], sampling: SamplingParams, sink: Sink) -> Request:
         """A request that this engine can serve, not yet queued. Safe to call from any thread.
@@ -157,18 +170,27 @@ class Core:
         plan = self._scheduler.plan() if flight is None else flight.plan
         try:
             flight = flight or self._runner.launch(plan)
-            following = self._scheduler.ahead(plan) if self._limits.overlapping else None
-            launched = None if following is None else self._runner.launch(following, flight)
+            launched = self._launch_after(flight) if self._limits.overlapping else None
             sampled = flight.sampled()
         except NotFiniteError as error:
             return self._drop(plan, error)  # with what was launched after it
         self._flight = launched
         return self._scheduler.commit(plan, sampled)
 
+    def _launch_after(self, flight: Flight) -> Flight | None:
+        """The step after one whose tokens are not known, where it can be planned."""
+        following = self._scheduler.ahead(flight.plan)
+        try:
+            return None if following is None else self._runner.launch(following, flight)
+        except NotFiniteError:  # of a backend that sees it at once: planned again, it says so as a step of its own
+            return None
+
     def _drop(self, plan: Plan, error: NotFiniteError) -> list[tuple[Request, Failure]]:
         """End the requests that the error's tokens belong to. What the step computed is computed again."""
-        owners = [row.sequence.request for row in plan.rows for _ in range(row.start, row.stop)]
-        culprits = dict.fromkeys(owners[token] for token in error.tokens or range(len(owners)))
+        owners = [row.sequence for row in plan.rows for _ in range(row.start, row.stop)]
+        bad = [owners[token] for token in error.tokens or range(len(owners))]
+        # Of a sequence that has ended since, nobody wants the token.
+        culprits = dict.fromkeys(sequence.request for sequence in bad if sequence.finish_reason is None)
         for request in culprits:
             self.abort(request)
         return [(request, Failure(error)) for request in culprits]
@@ -190,13 +212,23 @@ class Core:
         )
 
 
+def _records(model: LoadedModel, config: EngineConfig) -> bool:
+    """Whether decode steps are recorded."""
+    ops = model.decoder.ops
+    return ops.device.type == "cuda" and ops.capturable and not config.enforce_eager
+
+
 def _fit(model: LoadedModel, config: EngineConfig, plan: KVPlan) -> MemoryReport:
     """The pool's size, on the device that computes."""
     spec, device = model.spec, model.decoder.ops.device
     if device.type == "cuda":
-        step = step_memory(model.decoder, config.limits(device.type), plan, config.block_size)
-        free = max(device_memory(device) - step, 0)
-        return fit_pool(config, spec.kv_shape, plan, spec.max_position, free, device.type)
+        limits = config.limits(device.type)
+        needed = step_memory(model.decoder, limits, plan, config.block_size)
+        if _records(model, config):
+            # Recorded steps have memory of their own, no more than the largest step's, and their logits are kept.
+            needed = 2 * needed + limits.max_num_seqs * spec.vocab_size * torch.float32.itemsize
+        free = max(device_memory(device) - needed, 0)
+        return fit_pool(config, spec.kv_shape, plan, spec.max_position, free, device.type, available_memory())
     # Mapped weights will take theirs when they are used.
     free = max(available_memory() - model.mapped_bytes, 0)
     return fit_pool(config, spec.kv_shape, plan, spec.max_position, free)

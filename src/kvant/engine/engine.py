@@ -13,6 +13,7 @@ from kvant.config import SamplingParams
 from kvant.engine.core import Core, EngineStats
 from kvant.engine.sequence import Failure, Request, Sink, TokenEvent
 from kvant.errors import EngineDeadError
+from kvant.kernels.device import use_device
 
 logger = logging.getLogger("kvant")
 
@@ -71,6 +72,7 @@ class Engine:
 
     def _loop(self) -> None:
         try:
+            use_device(self._core.device)
             while self._death is None:
                 self._obey()
                 if self._death is None and self._core.has_work():

@@ -31,19 +31,22 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs, which share one pool of memory: only one of them runs at a time."""
+    """Records CUDA graphs, which share one pool of memory: only one of them runs at a time.
+
+    On one stream, since libraries make a workspace for each stream that they see.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, function: Callable[[], None]) -> Replay:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             function()  # compiles kernels, and lets libraries make their workspaces
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             function()
         self._pool = self._pool or graph.pool()
         replay: Replay = graph.replay

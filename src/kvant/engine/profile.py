@@ -8,7 +8,7 @@ from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
 from kvant.config import StepLimits
 from kvant.formats.kv import KVPlan
-from kvant.kernels.ops import AttentionBatch
+from kvant.kernels.ops import AttentionBatch, SamplingBatch
 from kvant.models.decoder import Decoder
 
 
@@ -32,7 +32,7 @@ def step_memory(decoder: Decoder, limits: StepLimits, plan: KVPlan, block_size: 
 
 
 def run_largest_step(decoder: Decoder, limits: StepLimits, plan: KVPlan, block_size: int) -> int:
-    """One prompt as long as a step may be, in a cache of its own, and logits for every sequence; the cache's bytes."""
+    """One prompt as long as a step may be, in a cache of its own, and a token for every sequence; the cache's bytes."""
     device, tokens = decoder.ops.device, min(limits.max_num_batched_tokens, decoder.spec.max_position)
     paging = Paging(block_size, plan.lead)
     blocks = paging.blocks_for(tokens)
@@ -47,5 +47,13 @@ def run_largest_step(decoder: Decoder, limits: StepLimits, plan: KVPlan, block_s
     )
     ids = positions % decoder.spec.vocab_size
     hidden = decoder.forward(ids, batch, positions + 1, store.layers)
-    decoder.logits(hidden[:1].expand(limits.max_num_seqs, -1).contiguous())
+    logits = decoder.logits(hidden[:1].expand(limits.max_num_seqs, -1).contiguous())
+    decoder.ops.sample(logits.clone(), _all_wishes(limits.max_num_seqs))  # penalties are set in a copy
     return store.blocks.nbytes
+
+
+def _all_wishes(rows: int) -> SamplingBatch:
+    """Rows that are drawn with every filter there is."""
+    half = torch.full((rows,), 0.5)
+    top_k = torch.full((rows,), 8)
+    return SamplingBatch(temperature=half, top_k=top_k, top_p=half, min_p=half, uniform=half.double())

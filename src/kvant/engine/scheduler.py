@@ -104,7 +104,8 @@ class Scheduler:
             return None
         draft, going_on = Draft(), []
         for row in plan.rows:
-            if row.samplers != (row.sequence,) or not row.sequence.foreseeable:
+            ended = row.sequence.finish_reason is not None
+            if ended or row.samplers != (row.sequence,) or not row.sequence.foreseeable:
                 return None
             if not self._ends_with_next(row.sequence):
                 going_on.append(row)

@@ -149,7 +149,8 @@ def compare_kv(
         for plan in contenders:
             hidden.append(_hidden_states(model, plan, window))
             progress(len(found) * len(contenders) + len(hidden), len(windows) * len(contenders))
-        found.append(_score_window(model.decoder, hidden, torch.tensor(window[1:])))
+        targets = torch.tensor(window[1:], device=model.decoder.ops.device)
+        found.append(_score_window(model.decoder, hidden, targets))
     scores = [_joined(of_plan, torch.stack) for of_plan in zip(*found, strict=True)]
     return tuple(
         summarize(name, plan.name, plan.bits_per_element(model.spec.kv_shape), of_plan, scores[0])
@@ -163,14 +164,15 @@ def _hidden_states(model: LoadedModel, plan: KVPlan, window: Window) -> Tensor:
         store = new_store(model.decoder, plan, len(window))
         return force(model.decoder, store, window[:-1], len(window))
     except NotFiniteError:
-        return torch.full((len(window) - 1, model.spec.hidden_size), torch.nan, dtype=model.dtype)
+        size, device = (len(window) - 1, model.spec.hidden_size), model.decoder.ops.device
+        return torch.full(size, torch.nan, dtype=model.dtype, device=device)
 
 
 @torch.inference_mode()
 def _score_window(decoder: Decoder, hidden: Sequence[Tensor], targets: Tensor) -> list[Scores]:
     """One window's scores for each plan's hidden states, of which the first are the baseline's."""
     parts: list[list[Scores]] = [[] for _ in hidden]
-    for rows in torch.arange(len(targets)).split(_ROWS):
+    for rows in (slice(first, first + _ROWS) for first in range(0, len(targets), _ROWS)):
         baseline = decoder.logits(hidden[0][rows])
         parts[0].append(score(baseline, baseline, targets[rows]))
         for part, states in zip(parts[1:], hidden[1:], strict=True):

@@ -72,6 +72,12 @@ def _checked(device: torch.device) -> torch.device:
     return device
 
 
+def use_device(device: torch.device) -> None:
+    """Make a GPU the calling thread's current one: launches, streams, events and graphs are made there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def runs_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on a GPU; where they do not, a warning says why and what that means."""
     capability = torch.cuda.get_device_capability(device)
@@ -86,6 +92,24 @@ def runs_triton(device: torch.device) -> bool:
             return True
     logger.warning("%s computes with plain PyTorch, slowly: %s", torch.cuda.get_device_name(device), reason)
     return False
+
+
+def check_triton() -> None:
+    """That Triton can launch kernels: it compiles some C when it does so for the first time.
+
+    Raises:
+        ConfigError: it cannot, with the remedy.
+    """
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_device()
+    except Exception as error:  # no compiler, no headers, no place to write to
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"Triton cannot launch kernels here ({said[0]}); it needs a C compiler and Python's headers (packages gcc "
+            "and python3-dev), and a directory that it can write to, TRITON_CACHE_DIR; device='cpu' needs none of it"
+        ) from error
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -12,7 +12,7 @@ from kvant.errors import NativeLibraryError
 from kvant.kernels.cpu.library import Library, find_library, load_library, open_library
 from kvant.kernels.cpu.native import Native
 from kvant.kernels.cpu.ops import CpuOps
-from kvant.kernels.device import find_device, runs_triton
+from kvant.kernels.device import check_triton, find_device, runs_triton, use_device
 from kvant.kernels.ops import Ops
 from kvant.kernels.reference import ReferenceOps
 from kvant.kernels.triton import launch
@@ -38,6 +38,8 @@ def available_backends(threads: int = 1) -> dict[str, Callable[[], Ops]]:
 def select_ops(device: str, threads: int | None = None) -> Ops:
     """The fastest backend for a device, or on a CPU the one that KVANT_CPU_ISA names.
 
+    A GPU becomes the calling thread's current one; other threads that compute there call `use_device`.
+
     Args:
         device: as `find_device` takes it.
         threads: how many a native backend uses; None takes one per core.
@@ -58,8 +60,10 @@ def num_cores() -> int:
 
 
 def _gpu_ops(device: torch.device) -> Ops:
+    use_device(device)
     if not runs_triton(device):
         return ReferenceOps(device)
+    check_triton()
     from kvant.kernels.triton.ops import TritonOps
 
     return TritonOps(device)

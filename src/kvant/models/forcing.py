@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
-from kvant.formats.kv import KVPlan
+from kvant.formats.kv import KVPlan, check_finite
 from kvant.kernels.ops import AttentionBatch
 from kvant.models.decoder import Decoder
 from kvant.models.rope import rope_length
@@ -33,6 +33,9 @@ def force(decoder: Decoder, store: KVStore, ids: Sequence[int], length: int) -> 
         store: from `new_store`, unused.
         ids: the text.
         length: of the prompt that the text is the beginning of; it matters where RoPE depends on it.
+
+    Raises:
+        NotFiniteError: a key or a value is not finite.
     """
     device = decoder.ops.device
     tokens, table = torch.tensor(ids, device=device), torch.arange(store.num_blocks, device=device).unsqueeze(0)
@@ -47,6 +50,8 @@ def force(decoder: Decoder, store: KVStore, ids: Sequence[int], length: int) -> 
         )
         lengths = _rope_lengths(decoder, length, positions)
         states.append(decoder.forward(tokens[positions], batch, lengths, store.layers))
+        if batch.reported_not_finite is not None:
+            check_finite(batch.reported_not_finite == 0)
     return torch.cat(states)
 
 

@@ -30,4 +30,13 @@ def _case(name: str, model: str, tokens: int) -> Case:
     return Case(f"attention {name} {model} of {tokens}", run, (name, model, tokens) not in FEW)
 
 
-CASES = tuple(_case(*facts) for facts in product(KV_FORMATS, HEADS, (1, 200)) if facts[0] != "fp32")
+def _batches(ops: Any) -> None:
+    """Of other sizes, and with wider tables; the longest chunk has as many tokens."""
+    plan, shape = layer_plan_of(KV_FORMATS["fp16"], 1, 64), AttentionShape(4, 1, 64, 0.1)
+    for lengths in ([(40, 16)], [(40, 16), (20, 1), (7, 7)], [(2000, 16), *[(30, 1)] * 4]):
+        it = scene(plan, 1, 64, 64, lengths, seed=0)
+        ops.attention(torch.zeros(it.tokens, 4, 64, dtype=torch.float16), it.cache, it.batch, shape)
+
+
+BATCHES = Case("attention of several batches", _batches)
+CASES = (BATCHES, *(_case(*facts) for facts in product(KV_FORMATS, HEADS, (1, 200)) if facts[0] != "fp32"))

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from tests.kernels.triton.cases_attention import BATCHES
 from tests.kernels.triton.compile import Compiled, all_cases
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +39,11 @@ def test_all_kernels_compile_and_fit(capability, slow):
         assert kernel.cubin > 1000, kernel
         assert kernel.shared <= SHARED[capability], kernel
         print(kernel)
+
+
+def test_a_kernel_is_not_compiled_again_for_another_batch():
+    kernels = [kernel.kernel for kernel in compiled(90, False) if kernel.case == BATCHES.name]
+    assert kernels.count("_attend_rows") == kernels.count("shape_queries") == 1
 
 
 @pytest.mark.parametrize("capability", SHARED)

@@ -10,7 +10,7 @@ from kvant.kernels.triton.kv_centre import centre_scores, centre_terms, turn_spe
 from kvant.kernels.triton.kv_tiles import capped, places, shaped_query, tile_steps, vectors, width_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def attend_group(
     q, sums, tops, starts, lengths, tables, scale, q_stride, table_stride,
     k_codes, k_meta, k_scale, k_balance, v_codes, v_meta, v_scale, v_balance, centre, frequencies, basis,

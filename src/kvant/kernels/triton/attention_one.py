@@ -78,7 +78,7 @@ def _steps(
     return step * _unit(KIND), shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def attend_one(
     q, sums, tops, starts, lengths, tables, scale, q_stride, table_stride,
     k_codes, k_meta, k_scale, k_balance, v_codes, v_meta, v_scale, v_balance, centre, frequencies, basis,

@@ -32,7 +32,7 @@ def part_of(length, split, WINDOW: tl.constexpr, SINKS: tl.constexpr, TILE: tl.c
     return tl.maximum(oldest, start), tl.minimum(length, start + share * TILE), start
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def merge(
     q, out, sums, tops, starts, lengths, tables, scale, q_stride, table_stride, k_codes, v_codes, v_balance,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, V_HADAMARD: tl.constexpr, SINKS: tl.constexpr, SPAN: tl.constexpr,

@@ -34,13 +34,13 @@ SINK_ROWS = 16  # rows of the sinks' tile: the fewest that tensor cores take
 
 
 @triton.jit
-def _tile_of(starts, tile, FEWEST: tl.constexpr, TOKENS: tl.constexpr, SEQUENCES: tl.constexpr, PADDED: tl.constexpr):
+def _tile_of(starts, tile, sequences, FEWEST: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr):
     """The sequence that a tile of TOKENS new tokens belongs to, and which of its tiles it is.
 
     Sequences with less than FEWEST new tokens have no tiles.
     """
     sequence = tl.arange(0, PADDED)
-    there = sequence < SEQUENCES
+    there = sequence < sequences
     count = tl.load(starts + sequence + 1, there, 0) - tl.load(starts + sequence, there, 0)
     tiles = tl.where(there & (count >= FEWEST), (count + TOKENS - 1) // TOKENS, 0)
     ends = tl.cumsum(tiles, 0)
@@ -117,9 +117,10 @@ def _folded(
     return next_top, total, low_sum, high_sum
 
 
-@triton.jit
+# Numbers that change from step to step are no reason to compile again.
+@triton.jit(do_not_specialize=["table_stride", "tiles", "sequences"])
 def _attend_rows(
-    shaped, out, starts, lengths, tables, table_stride, tiles,
+    shaped, out, starts, lengths, tables, table_stride, tiles, sequences,
     k_codes, k_meta, k_scale, v_codes, v_meta, v_scale, sink_keys, sink_values, turned, basis,
     K_KIND: tl.constexpr, K_STEPS: tl.constexpr, K_GROUPS: tl.constexpr, K_CODE_STRIDE: tl.constexpr,
     K_META_STRIDE: tl.constexpr, K_TYPE: tl.constexpr,
@@ -127,7 +128,7 @@ def _attend_rows(
     V_META_STRIDE: tl.constexpr, V_TYPE: tl.constexpr,
     ORDER: tl.constexpr, SINKS: tl.constexpr, SINK_ROWS: tl.constexpr, LEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    CENTRE_TILE: tl.constexpr, SEQUENCES: tl.constexpr, FEWEST: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    CENTRE_TILE: tl.constexpr, PADDED: tl.constexpr, FEWEST: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """New tokens of one sequence, as many as ROWS holds with the query heads of one KV head, and their context."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -138,9 +139,7 @@ def _attend_rows(
     K_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(K_STORED))
     V_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(V_STORED))
     # The last tiles of a prompt have the longest contexts: they go first.
-    sequence, tile = _tile_of(
-        starts, tiles - 1 - tl.program_id(0), FEWEST, TOKENS, SEQUENCES, triton.next_power_of_2(SEQUENCES)
-    )
+    sequence, tile = _tile_of(starts, tiles - 1 - tl.program_id(0), sequences, FEWEST, TOKENS, PADDED)
     head, piece = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS
     start, length = tl.load(starts + sequence), tl.load(lengths + sequence)
     count = tl.load(starts + sequence + 1) - start
@@ -277,7 +276,7 @@ def attention_prefill(
         **_some(sides, "k_codes", "k_meta", "k_scale", "v_codes", "v_meta", "v_scale", "K_KIND", "K_STEPS", "K_GROUPS",
                 "K_CODE_STRIDE", "K_META_STRIDE", "V_KIND", "V_STEPS", "V_GROUPS", "V_CODE_STRIDE", "V_META_STRIDE"),
         K_TYPE=k_type, V_TYPE=v_type, WINDOW=shape.window or 0, SOFTCAP=softcap, CENTRE_TILE=CENTRE_TILE,
-        SEQUENCES=sequences, FEWEST=fewest, **config.options,
+        sequences=sequences, PADDED=max(16, triton.next_power_of_2(sequences)), FEWEST=fewest, **config.options,
     )  # fmt: skip
     if values.hadamard > 1:
         unshape[rows](sums, out, tokens, **_some(sides, "v_balance", "V_HADAMARD"), **heads, ROWS=SHAPED_ROWS)

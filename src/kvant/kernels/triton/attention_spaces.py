@@ -21,7 +21,7 @@ def put_halves(at, even, odd, held, KIND: tl.constexpr, DIM: tl.constexpr, WIDTH
         tl.store(at + DIM // 2 + column, odd.to(at.dtype.element_ty), held & (column < DIM // 2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def shape_queries(
     q, shaped, scale, q_stride, tokens, k_balance, k_scale,
     K_KIND: tl.constexpr, K_STEPS: tl.constexpr, K_HADAMARD: tl.constexpr, ORDER: tl.constexpr, HEADS: tl.constexpr,
@@ -70,7 +70,7 @@ def _spread_into(
     put_halves(at, even * HADAMARD**-0.5, odd * HADAMARD**-0.5, held | True, KIND, DIM, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def shape_sinks(
     sink_keys, sink_values, lengths, tables, table_stride, k_codes, v_codes, k_balance, v_balance,
     K_KIND: tl.constexpr, K_CODE_STRIDE: tl.constexpr, K_HADAMARD: tl.constexpr,
@@ -134,7 +134,7 @@ def shape_centre(
     put_halves(at, even * K_HADAMARD**-0.5, odd * K_HADAMARD**-0.5, held, K_KIND, DIM, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def unshape(
     sums, out, tokens, v_balance,
     V_HADAMARD: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,

@@ -76,7 +76,7 @@ def product(x: Rounded, weight: RowCodes, bias: Tensor | None = None, config: Co
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _linear(
     x, x_scale, codes, scale, bias, out, parts, arrivals, m, n, k,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,

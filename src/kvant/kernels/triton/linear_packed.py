@@ -118,7 +118,7 @@ def _launch(x: Tensor, weight: SpanCodes, bias: Tensor | None, config: Config) -
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _linear(
     x, words, scales, zeros, biases, bias, out, parts, arrivals, m, n, k, x_stride, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,
