@@ -47,7 +47,7 @@ def multiply_bfloat16(patch: pytest.MonkeyPatch) -> None:
 
 
 def count_with_scalars(patch: pytest.MonkeyPatch) -> None:
-    """Let loops count to a scalar: Triton 3.6 has it as an array of one element, which NumPy 2.4 makes no integer of."""
+    """Let loops count to a scalar: Triton 3.6 has it as an array of one element, no integer for NumPy 2.4."""
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor
