@@ -15,7 +15,12 @@ from hypothesis import settings
 
 from kvant.kernels.triton.launch import runs_here
 from kvant.weights.pull import PULLABLE, find_pulled
-from tests.kernels.triton.interpreter import multiply_bfloat16, patch_what_is_known, round_to_bfloat16
+from tests.kernels.triton.interpreter import (
+    count_with_scalars,
+    multiply_bfloat16,
+    patch_what_is_known,
+    round_to_bfloat16,
+)
 
 settings.register_profile("kvant", deadline=None)
 settings.load_profile("kvant")
@@ -45,6 +50,7 @@ def _interpreter() -> Iterator[None]:
         if runs_here():
             round_to_bfloat16(patch)
             multiply_bfloat16(patch)
+            count_with_scalars(patch)
             patch_what_is_known(patch)
         yield
 

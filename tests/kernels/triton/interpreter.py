@@ -46,6 +46,19 @@ def multiply_bfloat16(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
+def count_with_scalars(patch: pytest.MonkeyPatch) -> None:
+    """Let loops count to a scalar: Triton 3.6 has it as an array of one element, no integer for NumPy 2.4."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
+
+
 def run_assembly(patch: pytest.MonkeyPatch) -> None:
     """Let PTX be run that takes two elements of 16 bits a register: of the instructions, those in `_run`."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -200,7 +200,7 @@ def _add_piece(
             some = tl.dot(value, inputs, some, input_precision="ieee")
             if biases is not None:
                 # Tensor cores have time for it; a sum over threads would wait.
-                ones = tl.full([row.shape[0], PIECE * WORDS], 1, TYPE)
+                ones = tl.full([row.shape[0], PIECE * WORDS], 1.0, tl.float32).to(TYPE)
                 inputs_sum = tl.dot(ones, inputs, inputs_sum, input_precision="ieee")
             if place % ALIKE == ALIKE - 1:
                 total += some * factor[:, None]

@@ -21,20 +21,20 @@ def codes_less(words, zero, PLACE: tl.constexpr, TYPE: tl.constexpr, BITS: tl.co
         HIGH: tl.constexpr = BITS == 4 and PLACE % 2 == 1
         MASK: tl.constexpr = 0x00F000F0 if HIGH else (0x000F000F if BITS == 4 else 0x00FF00FF)
         STEP: tl.constexpr = 0x2C002C00 if HIGH else 0x3C003C00
-        CODE: tl.constexpr = f"""{{ .reg .b32 t, step; mov.b32 step, {STEP}; shr.u32 t, $1, {BITS * PLACE - 4 * HIGH};
+        HALVES: tl.constexpr = f"""{{ .reg .b32 t, step; mov.b32 step, {STEP}; shr.u32 t, $1, {BITS * PLACE - 4 * HIGH};
             lop3.b32 t, t, {MASK}, 0x64006400, 0xEA; fma.rn.f16x2 $0, t, step, $2; }}"""
-        return _asm(CODE, words, ((-64 if HIGH else -1024) - zero).to(TYPE))
+        return _asm(HALVES, words, ((-64 if HIGH else -1024) - zero).to(TYPE))
     elif BITS == 4:
-        CODE: tl.constexpr = f"""{{ .reg .b32 t, one; mov.b32 one, 0x3F803F80; shr.u32 t, $1, {BITS * PLACE};
+        FOUR_BITS: tl.constexpr = f"""{{ .reg .b32 t, one; mov.b32 one, 0x3F803F80; shr.u32 t, $1, {BITS * PLACE};
             lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA; fma.rn.bf16x2 $0, t, one, $2; }}"""
-        return _asm(CODE, words, (-128 - zero).to(TYPE))
+        return _asm(FOUR_BITS, words, (-128 - zero).to(TYPE))
     else:
         # Bfloat16's fraction has 7 bits: the code's highest bit makes the power that is taken away 128 and not 256.
-        CODE: tl.constexpr = f"""{{ .reg .b32 t, u, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xBF80BF80;
+        EIGHT_BITS: tl.constexpr = f"""{{ .reg .b32 t, u, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xBF80BF80;
             shr.u32 t, $1, {BITS * PLACE}; lop3.b32 u, t, 0x00800080, 0x43804380, 0x6A;
             lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA; fma.rn.bf16x2 t, u, less, t;
             fma.rn.bf16x2 $0, t, one, $2; }}"""
-        return _asm(CODE, words, (128 - zero).to(TYPE))
+        return _asm(EIGHT_BITS, words, (128 - zero).to(TYPE))
 
 
 @triton.jit
