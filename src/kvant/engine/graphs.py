@@ -6,6 +6,7 @@ batch is padded to the size that a graph was recorded for, and what is beyond th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from kvant.cache.store import KVStore
 from kvant.engine.batch import Batch
 from kvant.kernels.ops import AttentionBatch
 from kvant.models.decoder import Decoder
+
+logger = logging.getLogger("kvant")
 
 _NUMBERS = 5  # a sequence's id, position, slot, rope length and context length
 Replay = Callable[[], None]
@@ -46,7 +49,8 @@ class CudaRecorder:
             function()  # compiles kernels, and lets libraries make their workspaces
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads may load another model meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             function()
         self._pool = self._pool or graph.pool()
         replay: Replay = graph.replay
@@ -104,7 +108,8 @@ class DecodeGraphs:
             tables=torch.full((max_num_seqs, width), spare_block, dtype=torch.int64, device=device),
             logits=torch.zeros(max_num_seqs, decoder.spec.vocab_size, device=device),
         )
-        sizes = reversed(batch_sizes(max_num_seqs))  # the largest first: the others fit in its memory
+        sizes = batch_sizes(max_num_seqs)[::-1]  # the largest first: the others fit in its memory
+        logger.info("recording decode steps for %d batch sizes up to %d", len(sizes), max_num_seqs)
         self._steps: Mapping[int, _Step] = {size: self._record(size, recorder) for size in sizes}
 
     @property

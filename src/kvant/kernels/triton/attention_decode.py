@@ -64,9 +64,11 @@ def attention_decode(
 
 
 def key(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> str:
-    """What the best configuration depends on: the layer, the sequences and the longest context by powers of two."""
-    sizes = f"s{triton.next_power_of_2(len(batch.context_lens))} c{triton.next_power_of_2(_context(batch, shape))}"
-    return f"{sizes} {layer_key(q, cache, shape)}"
+    """What the best configuration depends on: the layer, and the sequences by powers of two.
+
+    Not the context: a recorded step is launched for the longest that may come.
+    """
+    return f"s{triton.next_power_of_2(len(batch.context_lens))} {layer_key(q, cache, shape)}"
 
 
 def default(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Config:
