@@ -26,9 +26,9 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 PLANS_OF_64 = {name: plan_of(KV_FORMATS[name], 2, HEADS, 64) for name in ("fp32", "int8_plain", "int4")}
 INT4 = Rounding("int4 in groups of 32", 4.5, lambda matrix: rtn(matrix, 4, 32))
 ASKS: list[Ask] = [
-    (text(1, 9), SamplingParams(temperature=0, max_tokens=6)),
-    (text(2, 33), SamplingParams(temperature=0, max_tokens=4, logprobs=2)),
-    (text(3, 1), SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=5)),
+    (text(1, 9), SamplingParams(temperature=0, max_tokens=4)),
+    (text(2, 33), SamplingParams(temperature=0, max_tokens=3, logprobs=2)),
+    (text(3, 1), SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=3)),
 ]
 
 
@@ -107,4 +107,4 @@ def test_what_is_not_finite_ends_its_own_request(models):
     assert isinstance(failure.error, NotFiniteError)
     while core.has_work():
         core.step()
-    assert len(requests[1].sequences[0].output) == 6
+    assert len(requests[1].sequences[0].output) == 4
