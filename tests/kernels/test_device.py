@@ -57,6 +57,14 @@ def test_a_gpu_that_works_is_taken(machine, name):
     assert runs_triton(CUDA)
 
 
+@pytest.mark.parametrize(("version", "runs"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)])
+def test_an_old_triton_is_left_alone(machine, monkeypatch, caplog, version, runs):
+    machine()
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    assert runs_triton(CUDA) == runs
+    assert ("Triton is 3.5.1, its kernels need 3.6" in caplog.text) != runs
+
+
 def test_auto_takes_the_cpu_where_there_is_no_gpu(machine, caplog):
     machine(usable=False)
     assert find_device("auto") == torch.device("cpu")

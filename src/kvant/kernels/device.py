@@ -14,6 +14,7 @@ from kvant.errors import ConfigError
 logger = logging.getLogger("kvant")
 
 TRITON_CAPABILITY = (8, 0)  # Triton has no support for what came before
+TRITON_VERSION = (3, 6)  # the oldest that kernels are compiled with in tests
 LOWEST_CAPABILITY = (7, 0)
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -80,16 +81,9 @@ def use_device(device: torch.device) -> None:
 
 def runs_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on a GPU; where they do not, a warning says why and what that means."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < TRITON_CAPABILITY:
-        reason = f"its compute capability is {_dotted(capability)}, Triton's kernels need {_dotted(TRITON_CAPABILITY)}"
-    else:
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            reason = "Triton is not installed; `pip install kvant[gpu]`"
-        else:
-            return True
+    reason = _why_no_triton(torch.cuda.get_device_capability(device))
+    if reason is None:
+        return True
     logger.warning("%s computes with plain PyTorch, slowly: %s", torch.cuda.get_device_name(device), reason)
     return False
 
@@ -112,5 +106,18 @@ def check_triton() -> None:
         ) from error
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
+def _why_no_triton(capability: tuple[int, int]) -> str | None:
+    if capability < TRITON_CAPABILITY:
+        return f"its compute capability is {_dotted(capability)}, Triton's kernels need {_dotted(TRITON_CAPABILITY)}"
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed; `pip install kvant[gpu]`"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON_VERSION:
+        needed = _dotted(TRITON_VERSION)
+        return f"Triton is {triton.__version__}, its kernels need {needed}; PyTorch 2.10 and later bring it"
+    return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
