@@ -78,6 +78,7 @@ class Recording(ReferenceOps):
     """Keeps what each layer's attention gets, in order."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[tuple[Tensor, ...]] = []
 
     def rope_write_kv(self, q: Tensor, k: Tensor, v: Tensor, rotary: Any, cache: Any, batch: Any) -> Tensor:
@@ -164,6 +165,7 @@ class Overflowing(ReferenceOps):
     """Some columns of the projections of this many outputs are infinite."""
 
     def __init__(self, outputs: int, columns: slice) -> None:
+        super().__init__()
         self._outputs, self._columns = outputs, columns
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:

@@ -32,6 +32,7 @@ class SeeingOps(ReferenceOps):
     """The reference, which notes the weights that it gets."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[PackedWeight] = []
 
     def prepare(self, weight: PackedWeight) -> Any:

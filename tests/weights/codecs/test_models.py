@@ -43,6 +43,7 @@ class PackedOps(ReferenceOps):
     packed_weights = True
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen: list[PackedWeight] = []
 
     def prepare(self, weight: PackedWeight) -> Any:
