@@ -108,14 +108,15 @@ class DecodeGraphs:
             tables=torch.full((max_num_seqs, width), spare_block, dtype=torch.int64, device=device),
             logits=torch.zeros(max_num_seqs, decoder.spec.vocab_size, device=device),
         )
-        sizes = batch_sizes(max_num_seqs)[::-1]  # the largest first: the others fit in its memory
-        logger.info("recording decode steps for %d batch sizes up to %d", len(sizes), max_num_seqs)
-        self._steps: Mapping[int, _Step] = {size: self._record(size, recorder) for size in sizes}
+        self._sizes = batch_sizes(max_num_seqs)
+        logger.info("recording decode steps for %d batch sizes up to %d", len(self._sizes), max_num_seqs)
+        # The largest first: the others fit in its memory.
+        self._steps: Mapping[int, _Step] = {size: self._record(size, recorder) for size in reversed(self._sizes)}
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The batch sizes that are recorded, in order."""
-        return tuple(sorted(self._steps))
+        return self._sizes
 
     def fits(self, batch: Batch) -> bool:
         """Whether a step is one that is recorded: every sequence computes one token."""
