@@ -29,10 +29,13 @@ def weight(rows: int, columns: int, seed: int = 1) -> Tensor:
 
 
 def problem(rows: int = 48, columns: int = 128, spec: GridSpec = W4, foldable: bool = True) -> Problem:
-    return Problem(
+    """A linear that stands alone: a solution does the harm that its errors are on text that none has seen."""
+    found = Problem(
         weight=weight(rows, columns),
         inputs=Moments.of([inputs(512, columns)]),
         unseen=Moments.of([inputs(256, columns, seed=5)]),
         spec=spec,
+        harm=lambda solution: solution.error(found, found.unseen),
         settled=(lambda scale: scale) if foldable else None,
     )
+    return found

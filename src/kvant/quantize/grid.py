@@ -27,12 +27,14 @@ class GridSpec:
         group_size: columns of a row that share a scale; it divides the row.
         symmetric: the code of zero is 2^(bits - 1); the largest magnitude of a group may take either end.
         scale_dtype: what a scale is rounded to before it is used. float16 in any case.
+        clipped: whether a fitted range may be narrower than its group's values.
     """
 
     bits: int
     group_size: int
     symmetric: bool
     scale_dtype: torch.dtype = torch.float16
+    clipped: bool = True
 
     @property
     def top(self) -> int:
@@ -130,7 +132,8 @@ def _fit(spec: GridSpec, weight: Tensor, importance: Tensor | None) -> Grid:
     counts = None if importance is None else importance.unflatten(0, (-1, spec.group_size))
     best, least = _spanning(spec, low, high, 1.0), torch.full_like(low, torch.inf)
     makers = (_spanning, _one_sided) if spec.symmetric else (_spanning,)
-    for grid in (make(spec, low, high, shrink) for shrink in _SHRINKS for make in makers):
+    shrinks = _SHRINKS if spec.clipped else (1.0,)
+    for grid in (make(spec, low, high, shrink) for shrink in shrinks for make in makers):
         loss = _loss(grid, groups, counts)
         better = loss < least
         best = Grid(spec, torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from kvant.errors import NotFiniteError, UnsupportedModelError
-from kvant.models.layers import LayerWeights, Linear, Products
+from kvant.models.layers import LayerWeights, Linear
 from kvant.quantize.chunked import ChunkedOps, fast_dtype
 from kvant.quantize.folds import Fold
 from kvant.quantize.grid import GridSpec
 from kvant.quantize.methods import Method, Problem, Solution
 from kvant.quantize.moments import Moments
-from kvant.quantize.reader import Reader
+from kvant.quantize.reader import Reader, proceed
+from kvant.quantize.trial import Product, Trial
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class LayerQuantizer:
         method: for each linear.
         specs: what each linear's codes are like, by its name in `LayerWeights.linears`; one that is not there stays as
             it is.
-        compares: whether the last eighth of the texts is kept apart first, for methods that compare others.
+        compares: whether the text that solutions are compared on, the last, is kept apart, for methods that fit theirs.
     """
 
     reader: Reader
@@ -68,52 +69,63 @@ class LayerQuantizer:
     compares: bool
 
     def __call__(
-        self, index: int, layer: LayerWeights, folds: Mapping[str, Fold], texts: list[Tensor]
+        self,
+        index: int,
+        layer: LayerWeights,
+        following: LayerWeights | None,
+        folds: Mapping[str, Fold],
+        texts: list[Tensor],
     ) -> tuple[QuantizedLayer, list[Tensor]]:
         """The layer quantized, and what it makes of the texts then.
 
         Args:
             index: of the layer.
             layer: its weights, dense and not prepared.
+            following: the next one's, the same; None for the last.
             folds: see `find_folds`.
             texts: hidden states [tokens, hidden] of some texts each; they are taken from the list, to save memory.
 
         Raises:
             NotFiniteError: a linear's inputs are not finite.
         """
-        stored, reports = layer, []
+        stored, reports, settled = layer, [], dict[str, Product]()
+        trial = Trial.of(self.reader, index, layer, following, texts[-1][-self.reader.length :].clone())
         running = [self.reader.products(index, layer, texts.pop(0)) for _ in range(len(texts))]
-        inputs = [_proceed(products, None) for products in running]
+        inputs = [proceed(products, None) for products in running]
         for kind, linear in layer.linears.items():
             solution = Solution("none", linear.weight)
             if kind in self.specs:
                 with _named(kind):
-                    solution, error = self._solve(self.specs[kind], linear, stored, folds.get(kind), inputs)
+                    harm = _harm(trial, settled, kind, linear.bias)
+                    problem = self._problem(self.specs[kind], linear, stored, folds.get(kind), inputs, harm)
+                    solution = self.method(problem)
+                    error = solution.error(problem, problem.inputs)
                 reports.append(self._report(index, kind, solution, error, folds.get(kind)))
             if solution.scale is not None:
                 stored = folds[kind].applied(stored, solution.scale)
             stored = stored.with_linears(**{kind: Linear(solution.weight, stored.linears[kind].bias)})
-            product = _product(solution, linear.bias)
-            inputs = [_proceed(products, product(inputs.pop(0))) for products in running]
+            product = settled[kind] = _product(solution, linear.bias)
+            inputs = [proceed(products, product(inputs.pop(0))) for products in running]
         return QuantizedLayer(stored, tuple(reports)), inputs
 
-    def _solve(
-        self, spec: GridSpec, linear: Linear, stored: LayerWeights, fold: Fold | None, inputs: Sequence[Tensor]
-    ) -> tuple[Solution, float]:
-        """The linear in few bits, and its error on the text."""
-        problem = self._problem(spec, linear, stored, fold, inputs)
-        solution = self.method(problem)
-        return solution, solution.error(problem, problem.inputs)
-
     def _problem(
-        self, spec: GridSpec, linear: Linear, stored: LayerWeights, fold: Fold | None, inputs: Sequence[Tensor]
+        self,
+        spec: GridSpec,
+        linear: Linear,
+        stored: LayerWeights,
+        fold: Fold | None,
+        inputs: Sequence[Tensor],
+        harm: Callable[[Solution], float],
     ) -> Problem:
-        seen = len(inputs) - max(1, len(inputs) // 8) if self.compares and len(inputs) > 1 else len(inputs)
+        *others, last = inputs
+        seen = [text for text in (*others, last[: -self.reader.length]) if len(text)]
+        apart = self.compares and bool(seen)
         return Problem(
             weight=linear.weight.dequantize(torch.float32),
-            inputs=Moments.of(inputs[:seen]),
-            unseen=Moments.of(inputs[seen:]) if seen < len(inputs) else None,
+            inputs=Moments.of(seen if apart else inputs),
+            unseen=Moments.of([last[-self.reader.length :]]) if apart else None,
             spec=spec,
+            harm=harm,
             settled=None if fold is None else partial(fold.settled, stored),
             ties=None if fold is None else fold.ties,
         )
@@ -141,18 +153,12 @@ def _named(kind: str) -> Iterator[None]:
         raise type(error)(f"{kind}: {error}") from error
 
 
-def _proceed(products: Products[tuple[Tensor, Tensor]], product: Tensor | None) -> Tensor:
-    """Run a layer on with what it asked for: to the inputs of the next product, or to the hidden states at its end."""
-    try:
-        # Many wait here at once, in 16 bit.
-        return (next(products) if product is None else products.send(product))[1].bfloat16()
-    except StopIteration as end:
-        x, residual = end.value
-        hidden: Tensor = x + residual
-        return hidden
+def _harm(trial: Trial, settled: Mapping[str, Product], kind: str, bias: Tensor | None) -> Callable[[Solution], float]:
+    """What a solution for a linear does, beside those that the ones before it have."""
+    return lambda solution: trial.harm({**settled, kind: _product(solution, bias)})
 
 
-def _product(solution: Solution, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _product(solution: Solution, bias: Tensor | None) -> Product:
     ops = ChunkedOps(fast_dtype())
     weight = ops.prepare(solution.weight)
     return lambda x: ops.linear(x if solution.scale is None else x / solution.scale, weight, bias)

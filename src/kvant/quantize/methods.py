@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvant.formats.weight import InputCodes, PackedWeight
-from kvant.quantize.awq import awq_scale
+from kvant.quantize.awq import awq_scales
 from kvant.quantize.descent import descend
 from kvant.quantize.gptq import gptq
 from kvant.quantize.grid import Grid, GridSpec
@@ -25,8 +25,9 @@ class Problem:
     Attributes:
         weight: [N, K] float32.
         inputs: on the calibration text.
-        unseen: on another part of it, for methods that compare others; None where there is none.
+        unseen: on another part of it, for methods that compare others that fit the text; None where there is none.
         spec: what the codes are like.
+        harm: what a solution does to the model, see `Trial.harm`; on the unseen part where there is one.
         settled: the factors [K] nearest to some that the inputs can be divided by; None where they cannot be divided.
         ties: [K] int64, inputs of one number have one factor; None where all may differ.
     """
@@ -35,12 +36,28 @@ class Problem:
     inputs: Moments
     unseen: Moments | None
     spec: GridSpec
+    harm: Callable[[Solution], float]
     settled: Callable[[Tensor], Tensor] | None = None
     ties: Tensor | None = None
 
     def scaled(self, scale: Tensor) -> Problem:
-        """The same with the inputs divided by factors [K], and the weight multiplied; nothing is left to compare on."""
-        return replace(self, weight=self.weight * scale, inputs=self.inputs.divided(scale), unseen=None, settled=None)
+        """The same with the inputs divided by factors [K], and the weight multiplied."""
+        return replace(
+            self,
+            weight=self.weight * scale,
+            inputs=self.inputs.divided(scale),
+            unseen=None,
+            harm=lambda solution: self.harm(replace(solution, scale=scale)),
+            settled=None,
+        )
+
+    def unclipped(self) -> Problem:
+        """The same with ranges as wide as the values in them."""
+        return replace(self, spec=replace(self.spec, clipped=False))
+
+    def least_harmful(self, contenders: Iterable[Solution]) -> Solution:
+        """The one of some solutions."""
+        return min(contenders, key=self.harm)
 
 
 @dataclass(frozen=True)
@@ -59,21 +76,10 @@ class Solution:
 
     def error(self, problem: Problem, inputs: Moments) -> float:
         """What share of the outputs' energy the errors of the weight are, on such inputs."""
-        return inputs.loss(self._errors(problem)) / max(inputs.loss(problem.weight), 1e-30)
-
-    def mean_error(self, problem: Problem, inputs: Moments) -> float:
-        """What share of an output's energy its errors are, the mean of all outputs: what solutions are compared by.
-
-        Fused projections have outputs of very different size, values beside queries and keys, which count the same.
-        """
-        shares = inputs.energy(self._errors(problem)) / inputs.energy(problem.weight).clamp(min=1e-30)
-        return float(shares.mean())
-
-    def _errors(self, problem: Problem) -> Tensor:
         values = self.weight.dequantize(torch.float32)
         if self.scale is not None:
             values /= self.scale
-        return values.sub_(problem.weight)
+        return inputs.loss(values.sub_(problem.weight)) / max(inputs.loss(problem.weight), 1e-30)
 
 
 Method = Callable[[Problem], Solution]
@@ -84,13 +90,25 @@ def _plain(problem: Problem) -> Solution:
     return Solution("plain", grid.pack(grid.codes(problem.weight)))
 
 
-def _rtn(problem: Problem) -> Solution:
+def _either_range(method: Method) -> Method:
+    """With ranges that are clipped where that lessens the errors, or with full ones, whichever does less harm."""
+
+    def solve(problem: Problem) -> Solution:
+        return problem.least_harmful((method(problem), method(problem.unclipped())))
+
+    return solve
+
+
+def _fitted(problem: Problem) -> Solution:
     grid = Grid.fitted(problem.spec, problem.weight, problem.inputs.importance)
     return Solution("rtn", grid.pack(grid.codes(problem.weight)))
 
 
-def _gptq(problem: Problem) -> Solution:
+def _compensated(problem: Problem) -> Solution:
     return Solution("gptq", gptq(problem.weight, problem.inputs, problem.spec))
+
+
+_rtn, _gptq = _either_range(_fitted), _either_range(_compensated)
 
 
 def _smoothquant(problem: Problem) -> Solution:
@@ -103,41 +121,33 @@ def _smoothquant(problem: Problem) -> Solution:
     return Solution("smoothquant", replace(weight, inputs=InputCodes()), scale)
 
 
-def _after_scaling(name: str, method: Method) -> Method:
-    """AWQ's search for factors, then a method for the weight that they make."""
-
-    def solve(problem: Problem) -> Solution:
-        if problem.settled is None:
-            return replace(method(problem), method=name)
-        scale = problem.settled(awq_scale(problem.weight, problem.inputs, problem.spec, problem.ties))
-        return Solution(name, method(problem.scaled(scale)).weight, scale)
-
-    return solve
+def _awq(problem: Problem) -> Solution:
+    """AWQ's factors as they suit plain ranges, then ranges; or none, where they are of no use."""
+    contenders = [_rtn(problem)]
+    if problem.settled is not None:
+        scales = awq_scales(problem.weight, problem.inputs, problem.spec.group_size, problem.ties)
+        settled = map(problem.settled, scales)
+        scaled = problem.least_harmful(replace(_plain(problem.scaled(scale)), scale=scale) for scale in settled)
+        assert scaled.scale is not None
+        contenders += (scaled, replace(_rtn(problem.scaled(scaled.scale)), scale=scaled.scale))
+    return replace(problem.least_harmful(contenders), method="awq")
 
 
 def _gptq_descent(problem: Problem) -> Solution:
-    weight = gptq(problem.weight, problem.inputs, problem.spec)
-    return Solution("gptq+descent", descend(problem.weight, weight, problem.inputs, problem.spec))
+    begun = _gptq(problem)
+    weight = descend(problem.weight, begun.weight, problem.inputs, problem.spec)
+    return Solution("gptq+descent", weight)
 
 
-def _awq(problem: Problem) -> Solution:
-    if problem.settled is None:
-        return replace(_rtn(problem), method="awq")
-    # Factors are chosen for plain ranges, and may be of no use once ranges are fitted.
-    contenders = (_after_scaling("awq", _rtn)(problem), replace(_rtn(problem), method="awq"))
-    return min(contenders, key=lambda it: it.mean_error(problem, problem.inputs))
-
-
-_CONTENDERS: tuple[Method, ...] = (_gptq_descent, _awq, _after_scaling("awq+gptq+descent", _gptq_descent))
+_CONTENDERS: tuple[Method, ...] = (_gptq_descent, _awq)
 
 
 def _auto(problem: Problem) -> Solution:
-    """The one whose errors are smallest on text that it has not seen; then it sees that too."""
-    contenders = _CONTENDERS if problem.settled else _CONTENDERS[:2]
+    """The one that does least harm to text that it has not seen; then it sees that too."""
+    found = {method: method(problem) for method in _CONTENDERS}
+    best = min(found, key=lambda method: problem.harm(found[method]))
     if problem.unseen is None:
-        return min((method(problem) for method in contenders), key=lambda it: it.mean_error(problem, problem.inputs))
-    errors = {method: method(problem).mean_error(problem, problem.unseen) for method in contenders}
-    best = min(errors, key=lambda method: errors[method])
+        return found[best]
     return best(replace(problem, inputs=problem.inputs.joined(problem.unseen), unseen=None))
 
 

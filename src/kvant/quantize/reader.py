@@ -12,6 +12,7 @@ from kvant.formats.kv import KVPlan, resolve_kv_format
 from kvant.kernels.ops import AttentionBatch, Ops
 from kvant.models.layers import (
     LayerWeights,
+    Linear,
     Products,
     TokenContext,
     attention_shape,
@@ -91,3 +92,21 @@ class Reader:
         rotary = None if layer.rope is None else self.rotary[layer.rope]
         turns = None if rotary is None else (rotary[0][:count], rotary[1][:count])
         return TokenContext(some, turns, None if self.query_scale is None else self.query_scale[:count])
+
+
+def proceed(products: Products[tuple[Tensor, Tensor]], product: Tensor | None) -> Tensor:
+    """Run a layer on with what it asked for: to the inputs of the next product, or to the hidden states at its end."""
+    try:
+        # Many wait here at once, in 16 bit.
+        return (next(products) if product is None else products.send(product))[1].bfloat16()
+    except StopIteration as end:
+        x, residual = end.value
+        hidden: Tensor = x + residual
+        return hidden
+
+
+def prepared(layer: LayerWeights, ops: Ops) -> LayerWeights:
+    """A layer whose linears are as these ops take them."""
+    return layer.with_linears(
+        **{kind: Linear(ops.prepare(linear.weight), linear.bias) for kind, linear in layer.linears.items()}
+    )

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from kvant.errors import ConfigError, NotFiniteError, UnsupportedModelError
 from kvant.models.families import family_of, model_spec
-from kvant.models.layers import LayerWeights, Linear
+from kvant.models.layers import LayerWeights
 from kvant.models.spec import ModelSpec
 from kvant.quantize.chunked import ChunkedOps, UnpreparedOps
 from kvant.quantize.folds import Fold, find_folds
@@ -30,7 +31,7 @@ from kvant.quantize.grid import GridSpec
 from kvant.quantize.layer import LayerQuantizer, QuantizedLayer
 from kvant.quantize.methods import METHODS
 from kvant.quantize.outcome import REPORT_FILE, Outcome, model_card, unseen_scores
-from kvant.quantize.reader import Reader
+from kvant.quantize.reader import Reader, prepared
 from kvant.quantize.recipe import Recipe
 from kvant.quantize.stored import StoredModel
 from kvant.quantize.texts import Window
@@ -143,8 +144,8 @@ class _Run:
         begun -= run.seconds
         count = len(self.spec.layers)
         progress(run.layer, count)
-        for index in range(run.layer, count):
-            streams, layer = self._layer(index, run.streams)
+        for index, read, following in self._layers(run.layer):
+            streams, layer = self._layer(index, read, following, run.streams)
             self.checkpoint.write(index + 2, self.stored.layer(index, layer.weights))
             run = Unfinished(index + 1, streams, run.reports + layer.linears, time.monotonic() - begun)
             run.save(self.checkpoint.partial, self.settings)
@@ -193,27 +194,35 @@ class _Run:
         name = names.embedding if spec.tied_embeddings else names.head
         return read_vector(self.source, f"{name}.bias", spec.vocab_size, self.stored.dtype)
 
-    def _layer(self, index: int, streams: Streams) -> tuple[Streams, QuantizedLayer]:
+    def _layers(self, first: int) -> Iterator[tuple[int, LayerWeights, LayerWeights | None]]:
+        """The layers from one on, each with the one after it."""
+        layers = map(self.loader.layer, range(first, len(self.spec.layers)))
+        for index, (layer, following) in enumerate(pairwise(chain(layers, [None])), start=first):
+            assert layer is not None
+            yield index, layer, following
+
+    def _layer(
+        self, index: int, layer: LayerWeights, following: LayerWeights | None, streams: Streams
+    ) -> tuple[Streams, QuantizedLayer]:
         """A layer quantized, and the texts after it."""
-        layer = self.loader.layer(index)
         specs = self._specs(index, layer)
         folds = {
             kind: fold
             for kind, fold in self._folds(index, layer, streams.calibration[0]).items()
             if fold.stored is not None or fold.producer in specs  # what is ignored is not changed either
         }
-        dense = _prepared(layer)
+        dense = prepared(layer, ChunkedOps())
         original = [self.unseen_reader.layer(index, dense, hidden) for hidden in streams.original]
         del dense
         quantizer = LayerQuantizer(self.reader, METHODS[self.recipe.method], specs, self.recipe.method == "auto")
         try:
-            result, calibration = quantizer(index, layer, folds, streams.calibration)
+            result, calibration = quantizer(index, layer, following, folds, streams.calibration)
         except NotFiniteError as error:
             remedy = "the model cannot be quantized on this text: give another text, or check the model's files"
             raise NotFiniteError(f"layer {index} of {self.source.path}: {error}; {remedy}") from error
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"layer {index} of {self.source.path}: {error}") from error
-        rounded = _prepared(result.weights)
+        rounded = prepared(result.weights, ChunkedOps())
         quantized = [self.unseen_reader.layer(index, rounded, hidden) for hidden in streams.quantized]
         return Streams(calibration, original, quantized), result
 
@@ -238,13 +247,6 @@ def _embedded(embedding: Tensor, scale: float, windows: Sequence[Window]) -> lis
     """The hidden states before the first layer, of some texts each."""
     ids = torch.tensor(windows)
     return [embedding[some.flatten()].float() * scale for some in ids.split(_TEXTS_AT_ONCE)]
-
-
-def _prepared(layer: LayerWeights) -> LayerWeights:
-    ops = ChunkedOps()
-    return layer.with_linears(
-        **{kind: Linear(ops.prepare(linear.weight), linear.bias) for kind, linear in layer.linears.items()}
-    )
 
 
 def _grid(recipe: Recipe, columns: int, dtype: torch.dtype) -> GridSpec:
