@@ -76,7 +76,7 @@ def test_what_was_swapped_out_goes_on_where_it_was():
         sim.step()
     plan = sim.step()
     assert shares(plan) == [(second, computed, computed + 1)]
-    assert [target for _, target in plan.swaps_in] == sequence.blocks[:4]
+    assert [target for _, target in plan.swaps_in] == list(sequence.blocks[:4])
     assert (sim.swap.num_free, sequence.swapped) == (5, [])
     sim.finish()
     assert sim.recomputed == 0
