@@ -14,7 +14,7 @@ from kvant.kernels.ops import AttentionBatch
 from kvant.kernels.reference import ReferenceOps
 from kvant.kernels.select import available_backends
 from kvant.models.decoder import Decoder
-from kvant.models.rope import rope_length
+from kvant.models.rope import rope_lengths
 from kvant.weights.load import load_model
 
 BLOCK_SIZE = 16
@@ -61,7 +61,7 @@ class SingleText:
         rope = self._decoder.spec.length_rope
         if rope is None:
             return positions + 1
-        return torch.tensor([rope_length(rope, self._prompt_length, int(position)) for position in positions])
+        return rope_lengths(rope, torch.full_like(positions, self._prompt_length), positions)
 
 
 def model_logits(

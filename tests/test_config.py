@@ -173,6 +173,7 @@ def test_files_are_given_as_text_or_path(name):
         ({"max_model_len": 10.5}, "max_model_len=10.5 must be"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
         ({"max_num_batched_tokens": -1}, "max_num_batched_tokens=-1 must be at least 1"),
+        ({"max_num_batched_tokens": 7, "max_num_seqs": 8}, "max_num_batched_tokens=7 is less than max_num_seqs=8: .*"),
         ({"num_kv_blocks": 0}, "num_kv_blocks=0 must be at least 1"),
         ({"num_threads": 0}, "num_threads=0 must be at least 1"),
         ({"block_size": 4}, "block_size=4 must be a power of two from 8 to 1024"),
@@ -185,6 +186,21 @@ def test_files_are_given_as_text_or_path(name):
 def test_an_engine_that_cannot_be_says_which_setting_is_wrong(wrong, message):
     with pytest.raises(ConfigError, match=message):
         EngineConfig(**wrong)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"max_num_seqs": 5000}, (5000, 5000)),
+        ({"max_num_batched_tokens": 3}, (3, 3)),
+        ({"max_num_seqs": 3, "max_num_batched_tokens": 3}, (3, 3)),
+    ],
+    ids=str,
+)
+def test_a_step_has_a_token_for_every_sequence_that_may_run(device, given, expected):
+    limits = EngineConfig(**given).limits(device)
+    assert (limits.max_num_seqs, limits.max_num_batched_tokens) == expected
 
 
 @pytest.mark.parametrize("size", [8, 16, 64, 1024])

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
@@ -143,9 +144,10 @@ class EngineConfig:
         quantization_param_path: a file or directory with the cache's measured constants: static scales, or what
             `kvant calibrate` wrote.
         max_model_len: longest prompt + output in tokens; None takes the model's own limit, or what fits.
-        max_num_seqs: sequences that may run at the same time; None takes 64, on a GPU 256.
-        max_num_batched_tokens: token budget of one step; longer prompts are prefilled in chunks. None takes 512, on a
-            GPU 4096.
+        max_num_seqs: sequences that may run at the same time; None takes 64, on a GPU 256, and no more than
+            max_num_batched_tokens.
+        max_num_batched_tokens: token budget of one step, at least one for each of max_num_seqs; longer prompts are
+            prefilled in chunks. None takes 512, on a GPU 4096, and no less than max_num_seqs.
         block_size: tokens in one KV block.
         enable_prefix_caching: share the KV of equal prefixes between requests and turns.
         kv_cache_memory: bytes, "2GiB", "50%" or a float fraction of free memory; None fits automatically.
@@ -197,6 +199,7 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kv_blocks", "num_threads"):
             value = getattr(self, name)
             _require(value is None or (_is_integer(value) and value >= 1), f"{name}={value!r} must be at least 1")
+        self._check_budget()
         _require(
             8 <= self.block_size <= 1024 and self.block_size & (self.block_size - 1) == 0,
             f"block_size={self.block_size} must be a power of two from 8 to 1024",
@@ -210,10 +213,20 @@ class EngineConfig:
     def limits(self, device: str) -> StepLimits:
         """What a step may be on a kind of device ("cpu", "cuda")."""
         gpu = device == "cuda"
+        usual_seqs, usual_tokens = (256, 4096) if gpu else (64, 512)
+        seqs = self.max_num_seqs or min(usual_seqs, self.max_num_batched_tokens or usual_tokens)
         return StepLimits(
-            max_num_seqs=self.max_num_seqs or (256 if gpu else 64),
-            max_num_batched_tokens=self.max_num_batched_tokens or (4096 if gpu else 512),
+            max_num_seqs=seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens or max(usual_tokens, seqs),
             overlapping=gpu if self.async_scheduling is None else self.async_scheduling,
+        )
+
+    def _check_budget(self) -> None:
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        _require(
+            seqs is None or tokens is None or tokens >= seqs,
+            f"max_num_batched_tokens={tokens} is less than max_num_seqs={seqs}: a step has a token for every sequence "
+            "that runs; raise the one, lower the other, or leave one of them out",
         )
 
     def _check_weights(self) -> None:
@@ -306,6 +319,16 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether each token is the likeliest one."""
         return self.temperature == 0
+
+    @cached_property
+    def penalizes(self) -> bool:
+        """Whether a token's probability depends on what was said before, beyond the model's own view of it."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
+    @cached_property
+    def filters(self) -> tuple[float, ...]:
+        """What shapes a row of logits once penalties and bias are in it: temperature, top_k, top_p, min_p."""
+        return (self.temperature, self.top_k, self.top_p, self.min_p)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

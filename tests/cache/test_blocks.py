@@ -10,24 +10,31 @@ from hypothesis import given
 
 from kvant.cache.blocks import BlockPool, Paging
 
+MOVES = st.sampled_from(["take", "share", "release", "keep", "forget"])
 
-@given(
-    size=st.integers(0, 6), moves=st.lists(st.tuples(st.sampled_from(["take", "share", "release"]), st.integers(0, 5)))
-)
-def test_a_block_is_free_exactly_while_nobody_holds_it(size, moves):
-    pool, held = BlockPool(size), Counter()
+
+@given(size=st.integers(0, 6), moves=st.lists(st.tuples(MOVES, st.integers(0, 5))))
+def test_a_block_is_free_exactly_while_nobody_holds_or_keeps_it(size, moves):
+    pool, held, kept = BlockPool(size), Counter(), set()
     for move, block in moves:
         if move == "take":
             taken = pool.take()
-            assert (taken is None) == ((held.total() > 0 and len(+held) == size) or size == 0)
+            assert (taken is None) == (len(kept | set(+held)) == size)
             if taken is not None:
                 assert held[taken] == 0
                 held[taken] = 1
-        elif block < size and held[block]:
+        elif move == "forget" and block in kept:
+            pool.forget(block)
+            kept.remove(block)
+        elif move == "keep" and held[block] and block not in kept:
+            pool.keep(block)
+            kept.add(block)
+        elif (move == "share" and (held[block] or block in kept)) or (move == "release" and held[block]):
             (pool.share if move == "share" else pool.release)(block)
             held[block] += 1 if move == "share" else -1
-        assert pool.num_free == size - len(+held)
-        assert [pool.references(i) for i in range(size)] == [held[i] for i in range(size)]
+        assert pool.num_free == size - len(kept | set(+held))
+        assert pool.num_used == len(+held)
+        assert [pool.references(i) for i in range(size)] == [held[i] + (i in kept) for i in range(size)]
 
 
 def test_a_free_block_is_neither_shared_nor_released():

@@ -120,9 +120,12 @@ def test_it_knows_finds_and_forgets_what_it_should(lead, moves):
 
 
 def insert(pool: BlockPool, tree: PrefixTree, naive: NaiveTree, text: Tokens, salt: int | None) -> None:
-    """As a sequence does it that has computed the whole text in blocks of its own."""
+    """As a sequence does it that has computed the whole text in blocks of its own: one half first, then the rest."""
     blocks = [pool.take() for _ in naive.pieces(len(text))]
-    kept = tree.insert(text, blocks, salt)
+    paging = Paging(SIZE, naive.lead)
+    half = paging.full_blocks(len(text)) // 2
+    known = tree.insert(text[: paging.capacity(half)], blocks[:half], salt)
+    kept = known + tree.insert(text[paging.capacity(half) :], blocks[half:], salt, known)
     for block, allowed in zip(kept, naive.insert(text, blocks, salt), strict=True):
         assert block in allowed
     naive.use(kept)

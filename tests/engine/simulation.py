@@ -122,23 +122,29 @@ class Simulation:
         """One step, every promise of the plan checked."""
         plan = self.scheduler.plan()
         self._check_plan(plan)
+        self._launch(plan)
+        self._commit(plan)
+        return plan
+
+    def _launch(self, plan: Plan) -> None:
         self._copy_blocks(plan)
         self._write(plan)
         for row in plan.rows:
-            self._check_context(row)
+            self._check_memory(self._text(row), row.sequence.request.salt, row.sequence.blocks, self.memory)
+
+    def _commit(self, plan: Plan) -> None:
         sampled = [
             Sampled(sequence, drawn(sequence.request, sequence.index, len(sequence.output)))
             for row in plan.rows
             for sequence in row.samplers
         ]
-        places = [(sequence, len(sequence.output)) for row in plan.rows for sequence in row.samplers]
+        places = [(item.sequence, len(item.sequence.output)) for item in sampled if not item.sequence.finish_reason]
         events = self.scheduler.commit(plan, sampled)
         for (sequence, place), (request, event) in zip(places, events, strict=True):
             assert (request, event.index) == (sequence.request, sequence.index)
             assert event.token_id == drawn(request, event.index, place)
             assert event.finish_reason == sequence.finish_reason == expected_end(self.limits, sequence)
         self._forget_what_is_free()
-        return plan
 
     def fail(self) -> None:
         """A step that comes to nothing: it leaves rubbish where it should have computed, and a request of it ends."""
@@ -233,16 +239,20 @@ class Simulation:
         for row in plan.rows:
             self.recomputed += max(self._furthest[row.sequence] - row.start, 0)
             self._furthest[row.sequence] = row.stop
-            tokens = row.sequence.tokens(0, row.stop)
+            tokens = self._text(row)
             for position in range(row.start, row.stop):
                 for block, offset in self._places(position, row.sequence.blocks):
                     assert self.pool.references(block) == 1, "others would see this write"
                     cells = self.memory.setdefault(block, [None] * self.limits.block_size)
                     cells[offset] = (row.sequence.request.salt, tuple(tokens[: position + 1]))
 
-    def _check_context(self, row: Row) -> None:
+    def _text(self, row: Row) -> list[int]:
+        """All tokens up to the row's end; of a step ahead the last one is drawn, but not told yet."""
         sequence = row.sequence
-        self._check_memory(sequence.tokens(0, row.stop), sequence.request.salt, sequence.blocks, self.memory)
+        known = sequence.tokens(0, row.stop)
+        return (
+            known if len(known) == row.stop else [*known, drawn(sequence.request, sequence.index, len(sequence.output))]
+        )
 
     def _check_memory(
         self, tokens: list[int], salt: Hashable, blocks: list[int] | tuple[int, ...], memory: dict[int, Cells]
@@ -255,6 +265,33 @@ class Simulation:
         """Block and offset of each slot of a token."""
         size = self.limits.block_size
         return [(blocks[slot // size], slot % size) for slot in self.limits.slots(position)]
+
+
+class Overlapped(Simulation):
+    """The same, each step launched before the last one's tokens are told, where the scheduler can plan it."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self._flight: Plan | None = None
+
+    def step(self) -> Plan:
+        plan = self._flight
+        if plan is None:
+            plan = self.scheduler.plan()
+            self._check_plan(plan)
+            self._launch(plan)
+        self._flight = self.scheduler.ahead(plan)
+        if self._flight is not None:
+            assert self._flight.rows
+            assert self._flight.num_tokens <= self.limits.budget
+            assert all(row.sequence.finish_reason is None for row in self._flight.rows)
+            self._launch(self._flight)
+        self._commit(plan)
+        return plan
+
+    def fail(self) -> None:
+        if self._flight is None:
+            super().fail()
 
 
 def expected_end(limits: Limits, sequence: Sequence) -> str | None:

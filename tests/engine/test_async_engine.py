@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvant.config import EngineConfig, SamplingParams
-from kvant.engine.async_engine import AsyncEngine
+from kvant.engine.async_engine import AsyncEngine, _Mailroom
 from kvant.engine.outputs import Delta
 from kvant.engine.sequence import Request
 from kvant.errors import EngineDeadError, RequestError
@@ -64,6 +64,35 @@ def test_many_at_once_say_what_each_says_alone(engine):
         assert tokens(deltas) == tokens(run(collect(engine, text(i, 10), SHORT)))
         assert deltas[-1].usage.completion_tokens == 8
         assert deltas[-1].finish_reason == "length"
+
+
+def test_a_loop_is_woken_once_for_what_comes_together(monkeypatch):
+    async def woken() -> list[int]:
+        loop, calls = asyncio.get_running_loop(), []
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda call: calls.append(call) or wake(call))
+        mailroom, boxes = _Mailroom(loop), [asyncio.Queue() for _ in range(3)]
+        counts = []
+        for turn in range(2):
+            for number, box in enumerate(boxes * 2):
+                mailroom.post(box, 10 * turn + number)
+            await asyncio.sleep(0)
+            assert [[box.get_nowait() for _ in range(2)] for box in boxes] == [
+                [10 * turn + number, 10 * turn + number + 3] for number in range(3)
+            ]
+            counts.append(len(calls))
+        return counts
+
+    assert run(woken()) == [1, 2]
+
+
+def test_a_closed_loop_is_told_nothing():
+    loop = asyncio.new_event_loop()
+    mailroom, box = _Mailroom(loop), asyncio.Queue()
+    loop.close()
+    mailroom.post(box, 1)
+    mailroom.post(box, 2)
+    assert box.empty()
 
 
 def test_a_cancelled_task_frees_what_it_held_whether_it_runs_or_waits(engine, taken):

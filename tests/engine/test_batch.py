@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from kvant.cache.blocks import Paging
 from kvant.config import SamplingParams
 from kvant.engine.batch import build_batch
@@ -15,7 +17,7 @@ def row(prompt: int, output: int, blocks: list[int], start: int, stop: int) -> R
     """Tokens count up from 100 in the prompt, from 200 in the output."""
     request = Request(tuple(range(100, 100 + prompt)), SamplingParams(), 0, lambda *event: None)
     [sequence] = request.sequences
-    sequence.output, sequence.blocks, sequence.computed = list(range(200, 200 + output)), blocks, start
+    sequence.output, sequence.blocks, sequence.computed = list(range(200, 200 + output)), array("q", blocks), start
     return Row(sequence, start, stop, ())
 
 

@@ -80,7 +80,8 @@ def test_company_chunks_and_preemption_change_nothing(tiny_model, alone, plan, w
 
 @pytest.mark.parametrize("plan", ["int4", "k8v4"])
 def test_token_by_token_is_the_same_too(tiny_model, alone, plan):
-    assert_same(drive(core_of(tiny_model, PLANS[plan], max_num_batched_tokens=1), requests()), alone(plan))
+    outcome = drive(core_of(tiny_model, PLANS[plan], max_num_batched_tokens=1), two_requests())
+    assert_same(outcome, alone(plan, two_requests))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvant.config import SamplingParams
+from kvant.engine.logprobs import logprob_rows
 from kvant.engine.outputs import TokenLogprobs
 from tests.engine.drive import core_of, drive, text
 from tests.support import model_logits
@@ -57,7 +58,7 @@ def test_no_logprobs_unless_asked_for(tiny_model):
     assert outcome.requests[0].prompt_logprobs == [None]
 
 
-@pytest.mark.parametrize("budget", [1, 7, 64, 512])
+@pytest.mark.parametrize("budget", [2, 7, 64, 512])
 def test_prompt_logprobs_in_chunks_among_others_and_after_the_prompt_was_cached(tiny_model, tiny_path, budget):
     core = core_of(tiny_model, max_num_batched_tokens=budget)
     drive(core, [(PROMPT, GREEDY)])
@@ -102,8 +103,35 @@ def test_prompt_logprobs_outlive_the_choice_that_computed_them(tiny_model, tiny_
     assert_prompt(request.prompt_logprobs, tiny_path, PROMPT, 1)
 
 
-def test_ranks_count_ties_as_equal():
-    from kvant.engine.sampler import token_logprobs
+def test_all_of_a_step_are_told_at_once(tiny_model, tiny_path, monkeypatch):
+    """However many each wants, beside others that want none."""
+    made = []
 
-    logits = torch.tensor([1.0, 2.0, 2.0, 0.0])
-    assert [token_logprobs(logits, token, 0).rank for token in range(4)] == [3, 1, 1, 4]
+    def watched(logits, tokens, top):
+        made.append((len(tokens), top))
+        return logprob_rows(logits, tokens, top)
+
+    monkeypatch.setattr("kvant.engine.runner.logprob_rows", watched)
+    tops = (2, None, 0, 32, None)
+    asks = [(text(seed, 9), SamplingParams(max_tokens=3, seed=seed, logprobs=top)) for seed, top in enumerate(tops)]
+    outcome = drive(core_of(tiny_model, async_scheduling=True), asks)
+    assert made == [(3, 32)] * 3
+    for (prompt, _), request, top in zip(asks, outcome.requests, tops, strict=True):
+        output = request.sequences[0].output
+        rows = model_logits(tiny_path, prompt + output)[len(prompt) - 1 : -1].log_softmax(-1)
+        told = [event.logprobs for owner, event in outcome.events if owner is request]
+        for row, token, one in zip(rows, output, told, strict=True):
+            assert one is None if top is None else assert_reports(one, row, token, top) is None
+
+
+def test_many_rows_are_as_each_alone():
+    logits = torch.randn(150, 40, generator=torch.Generator().manual_seed(1))
+    tokens = torch.arange(150) % 40
+    alone = torch.cat([logprob_rows(logits[row : row + 1], tokens[row : row + 1], 50) for row in range(150)])
+    assert torch.equal(logprob_rows(logits, tokens, 50), alone)
+    assert alone.shape == (150, 82)
+
+
+def test_ranks_count_ties_as_equal():
+    logits = torch.tensor([1.0, 2.0, 2.0, 0.0]).expand(4, -1)
+    assert logprob_rows(logits, torch.arange(4), 0)[:, 1].tolist() == [3, 1, 1, 4]

@@ -6,7 +6,7 @@ import pytest
 
 from kvant.config import SamplingParams
 from kvant.engine.runner import Runner
-from kvant.engine.sequence import Failure
+from kvant.engine.sequence import Failure, Sampled
 from kvant.errors import NotFiniteError
 from tests.engine.drive import Ask, assert_same, core_of, drive, drive_alone, text
 from tests.engine.simulation import Limits, Simulation
@@ -59,9 +59,10 @@ def test_an_answer_that_ends_unforeseen_has_no_token_too_many(tiny_model, launch
         (text(3, 20), greedy(max_tokens=40)),
         (text(4, 31), greedy(max_tokens=40, temperature=1.1, seed=5, logprobs=2)),
     ]
+    launches.clear()
     outcome = drive(core_of(tiny_model, async_scheduling=True), asks)
     assert outcome.requests[0].sequences[0].output == whole[: whole.index(stop) + 1]
-    assert sum(launches) > 30
+    assert launches == [False] + [True] * 39, "the others do not wait for it"
     assert_same(outcome, drive_alone(tiny_model, asks))
 
 
@@ -78,7 +79,7 @@ def test_who_arrives_meanwhile_is_admitted_at_once(tiny_model, launches):
     assert len(second.sequences[0].output) == 1
 
 
-def test_what_is_on_its_way_for_an_aborted_request_is_dropped(tiny_model):
+def test_what_is_on_its_way_for_an_aborted_request_is_dropped(tiny_model, launches):
     core = core_of(tiny_model, async_scheduling=True)
     stays, goes = (core.request(text(seed, 9), greedy(), lambda *event: None) for seed in (1, 2))
     core.add(stays)
@@ -88,6 +89,7 @@ def test_what_is_on_its_way_for_an_aborted_request_is_dropped(tiny_model):
     core.abort(goes)
     while core.has_work():
         assert all(request is stays for request, _ in core.step())
+    assert launches == [False] + [True] * 19
     assert goes.sequences[0].output == said
     assert core.stats().kv_blocks_used == 0
     expected = drive_alone(tiny_model, [(text(1, 9), greedy())]).requests[0].sequences[0].output
@@ -141,6 +143,20 @@ def test_no_step_is_planned_beyond_an_answers_limit():
     assert [(row.start, row.stop) for row in sim.scheduler.ahead(plan).rows] == [(5, 6)]
     sim.step()
     assert sim.scheduler.ahead(sim.scheduler.plan()) is None
+
+
+def test_the_blocks_of_who_has_ended_may_be_anothers_in_the_next_step():
+    """Though a token is still being written there: the device does one step after the other."""
+    sim = Simulation(Limits(block_size=8, num_blocks=8, max_model_len=64, max_num_seqs=2, budget=64, caching=False))
+    ends, stays = (sim.submit([1] * length, max_tokens=40, stop_ids=frozenset({9})) for length in (30, 31))
+    first = sim.scheduler.plan()
+    second = sim.scheduler.ahead(first)
+    assert sim.pool.num_free == 0
+    given = set(ends.sequences[0].blocks)
+    sim.scheduler.commit(first, [Sampled(ends.sequences[0], 9), Sampled(stays.sequences[0], 1)])
+    third = sim.scheduler.ahead(second)
+    assert [(row.sequence, row.start, row.stop) for row in third.rows] == [(stays.sequences[0], 32, 33)]
+    assert given.intersection(stays.sequences[0].blocks)
 
 
 def test_a_block_is_taken_for_the_token_after():

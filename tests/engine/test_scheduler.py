@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.engine.simulation import STOP, Limits, Simulation, expected_output
+from tests.engine.simulation import STOP, Limits, Overlapped, Simulation, expected_output
 
 FEW = settings(
     max_examples=150,
@@ -145,14 +145,29 @@ class Crowd(Traffic):
         super().start(limits)
 
 
+class Overlap(Traffic):
+    """The same, a step ahead."""
+
+    @initialize(limits=limits())
+    def start(self, limits: Limits) -> None:
+        self.simulation = Overlapped(limits)
+
+
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = FEW
 TestCrowd = Crowd.TestCase
 TestCrowd.settings = FEW
+TestOverlap = Overlap.TestCase
+TestOverlap.settings = FEW
 
 
 @pytest.mark.slow
 class TestMuchTraffic(Traffic.TestCase):  # type: ignore[name-defined, misc]
+    settings = MANY
+
+
+@pytest.mark.slow
+class TestMuchOverlap(Overlap.TestCase):  # type: ignore[name-defined, misc]
     settings = MANY
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 
@@ -119,7 +121,7 @@ def test_blocks_are_given_away_only_after_they_were_read(tiny_model):
     swap.swap_out([(0, 1)])
     request = Request((5,), SamplingParams(max_tokens=1), 0, lambda *event: None)
     [sequence] = request.sequences
-    sequence.blocks = [3]
+    sequence.blocks = array("q", [3])
     rows = (Row(sequence, 0, 1, (sequence,)),)
     sampled = Runner(decoder, store, swap).run(Plan(rows, ((2, 1),), swaps_out=((1, 0),), swaps_in=((1, 2),)))
     assert [item.sequence for item in sampled] == [sequence]

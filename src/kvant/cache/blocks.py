@@ -36,12 +36,18 @@ class Paging:
 
 
 class BlockPool:
-    """Block ids 0 .. num_blocks - 1, free or held by counted references."""
+    """Block ids 0 .. num_blocks - 1, free or held by counted references.
+
+    Attributes:
+        num_used: blocks that somebody holds, beside what is only kept.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.num_used = 0
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
+        self._kept = [False] * num_blocks
 
     @property
     def num_free(self) -> int:
@@ -54,22 +60,41 @@ class BlockPool:
             return None
         block = self._free.pop()
         self._references[block] = 1
+        self.num_used += 1
         return block
 
     def share(self, block: int) -> None:
         """One more reference to a held block."""
+        self._add_reference(block)
+        self.num_used += self._references[block] - self._kept[block] == 1
+
+    def release(self, block: int) -> None:
+        """One reference less; the last one frees the block."""
+        self._drop_reference(block)
+        self.num_used -= self._references[block] == self._kept[block]
+
+    def keep(self, block: int) -> None:
+        """A reference to a held block of one who uses it only when it is shared again; a block has one such at most."""
+        self._add_reference(block)
+        self._kept[block] = True
+
+    def forget(self, block: int) -> None:
+        """Release what was kept."""
+        self._drop_reference(block)
+        self._kept[block] = False
+
+    def references(self, block: int) -> int:
+        """How many hold this block."""
+        return self._references[block]
+
+    def _add_reference(self, block: int) -> None:
         if self._references[block] == 0:
             raise ValueError(f"block {block} is free and cannot be shared")
         self._references[block] += 1
 
-    def release(self, block: int) -> None:
-        """One reference less; the last one frees the block."""
+    def _drop_reference(self, block: int) -> None:
         if self._references[block] == 0:
             raise ValueError(f"block {block} is free already")
         self._references[block] -= 1
         if self._references[block] == 0:
             self._free.append(block)
-
-    def references(self, block: int) -> int:
-        """How many hold this block."""
-        return self._references[block]

@@ -41,6 +41,7 @@ class PrefixTree:
         self._pool = pool
         self._paging = paging
         self._roots: dict[Hashable, _Node] = {}
+        self._nodes: dict[int, _Node] = {}  # by block
         # Least recently used first; a child always comes before its parent.
         self._recent: OrderedDict[_Node, None] = OrderedDict()
 
@@ -65,16 +66,22 @@ class PrefixTree:
         self._touch(deepest)
         return Match(tuple(blocks), length)
 
-    def insert(self, tokens: Sequence[int], blocks: Sequence[int], salt: Hashable = None) -> list[int]:
+    def insert(
+        self, tokens: Sequence[int], blocks: Sequence[int], salt: Hashable = None, known: Sequence[int] = ()
+    ) -> list[int]:
         """Make a prefix known: `blocks` hold the KV of `tokens`, the last one perhaps partly.
+
+        They go on after `known`, full blocks as the tree has them, which the caller holds: no token of these is looked
+        at again.
 
         Where the tree knows a block of equal content already, it keeps its own. Returns the blocks that now stand for
         the prefix, in order; the caller's references are unchanged.
         """
-        node = self._roots.setdefault(salt, _Node((), -1, None))
+        node = self._nodes[known[-1]] if known else self._roots.setdefault(salt, _Node((), -1, None))
         kept: list[int] = []
-        for index, block in enumerate(blocks):
-            piece = tuple(tokens[self._paging.capacity(index) : self._paging.capacity(index + 1)])
+        first = self._paging.capacity(len(known))
+        for index, block in enumerate(blocks, len(known)):
+            piece = tuple(tokens[self._paging.capacity(index) - first : self._paging.capacity(index + 1) - first])
             child, common = _closest_child(node, piece)
             if child is None or common < len(piece):
                 child = self._add(node, piece, block)
@@ -107,8 +114,9 @@ class PrefixTree:
         node = _Node(piece, block, parent)
         parent.children[piece] = node
         insort(parent.order, piece)
-        self._pool.share(block)
+        self._pool.keep(block)
         self._recent[node] = None
+        self._nodes[block] = node
         return node
 
     def _drop_shorter(self, parent: _Node, piece: Tokens) -> None:
@@ -122,8 +130,8 @@ class PrefixTree:
         assert node.parent is not None, "roots hold no block"
         del node.parent.children[node.tokens]
         del node.parent.order[bisect_left(node.parent.order, node.tokens)]
-        del self._recent[node]
-        self._pool.release(node.block)
+        del self._recent[node], self._nodes[node.block]
+        self._pool.forget(node.block)
 
     def _touch(self, node: _Node | None) -> None:
         """Mark a path as just used, its end first."""
@@ -137,6 +145,8 @@ def _closest_child(node: _Node, piece: Tokens) -> tuple[_Node | None, int]:
 
     Among sorted keys it is a neighbour of where `piece` would stand.
     """
+    if piece in node.children:
+        return node.children[piece], len(piece)
     at = bisect_left(node.order, piece)
     neighbours = node.order[max(at - 1, 0) : at + 1]
     best = max(neighbours, key=lambda key: _common(key, piece), default=())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvant.cache.blocks import Paging
+from kvant.cache.pinned import pin_in_place
 from kvant.config import EngineConfig
 from kvant.errors import ConfigError, MemoryFitError
 from kvant.formats.kv import KVLayer, KVPlan, KVShape, resolve_kv_format
@@ -137,10 +138,10 @@ class SwapSpace:
 
     def __init__(self, store: KVStore, num_blocks: int) -> None:
         try:
-            kept = lazy_zeros((num_blocks, store.blocks.shape[1]), torch.uint8)
-            # A device copies by itself, and without waiting, only to and from memory that stays where it is.
-            self._kept = kept.pin_memory() if num_blocks and store.blocks.is_cuda else kept
-        except (MemoryError, RuntimeError) as error:
+            self._kept = lazy_zeros((num_blocks, store.blocks.shape[1]), torch.uint8)
+            if num_blocks and store.blocks.is_cuda:
+                pin_in_place(self._kept, self)
+        except MemoryError as error:
             raise MemoryFitError(f"the system refused {num_blocks:,} blocks of swap space; lower swap_space") from error
         self._blocks = store.blocks
 

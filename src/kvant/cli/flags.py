@@ -134,8 +134,8 @@ ENGINE_FLAGS = (
     _engine(
         "max_num_batched_tokens",
         int,
-        "Most tokens computed in one step. Longer prompts are read in pieces of this size, between which others go on. "
-        "Default: 512, on a GPU 4096.",
+        "Most tokens computed in one step, --max-num-seqs at least. Longer prompts are read in pieces of this size, "
+        "between which others go on. Default: 512, on a GPU 4096.",
     ),
     _engine("block_size", int, "Tokens in one block of the KV cache."),
     _engine(

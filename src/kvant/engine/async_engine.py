@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 from kvant.config import EngineConfig, SamplingParams
-from kvant.engine.build import Front, serve_model
+from kvant.engine.build import Front, ServedModel, serve_model
 from kvant.engine.deltas import DeltaBuilder
 from kvant.engine.inputs import Prompt
 from kvant.engine.outputs import Delta
 from kvant.engine.sequence import Failure, Request, TokenEvent
 
-_Events = asyncio.Queue["TokenEvent | Failure"]
+_Event = TokenEvent | Failure
+_Events = asyncio.Queue[_Event]
+
+
+class _Mailroom:
+    """Brings the engine's events to an event loop, a step's at once: waking it takes longer than an event."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._mail: deque[tuple[_Events, _Event]] = deque()
+        self._called = False
+
+    def post(self, events: _Events, event: _Event) -> None:
+        """Put an event in a queue of the loop, soon. From the engine's thread."""
+        self._mail.append((events, event))
+        if not self._called:
+            self._called = True
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self._mail.clear()
+                self._called = False
+
+    def _deliver(self) -> None:
+        self._called = False  # before it looks: what comes later calls again
+        while self._mail:
+            events, event = self._mail.popleft()
+            events.put_nowait(event)
 
 
 class AsyncEngine(Front):
     """A model served to coroutines. Use one from a single event loop at a time, and `close()` it."""
+
+    def __init__(self, served: ServedModel) -> None:
+        super().__init__(served)
+        self._mail: _Mailroom | None = None
 
     @classmethod
     def from_pretrained(cls, model: str | Path | None = None, config: EngineConfig | None = None) -> AsyncEngine:
@@ -56,12 +87,11 @@ class AsyncEngine(Front):
             RequestError: before the first delta, for a prompt that cannot be served.
             EngineDeadError: the engine is closed or has failed.
         """
-        loop = asyncio.get_running_loop()
         events: _Events = asyncio.Queue()
+        mailroom = self._mailroom()
 
-        def sink(_: Request, event: TokenEvent | Failure) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(events.put_nowait, event)
+        def sink(_: Request, event: _Event) -> None:
+            mailroom.post(events, event)
 
         engine = self._served.engine
         ids = self._served.encode(prompt)
@@ -80,3 +110,10 @@ class AsyncEngine(Front):
                     yield delta
         finally:
             engine.abort(request)
+
+    def _mailroom(self) -> _Mailroom:
+        """That of the loop which asks; requests of another one keep theirs."""
+        loop = asyncio.get_running_loop()
+        if self._mail is None or self._mail.loop is not loop:
+            self._mail = _Mailroom(loop)
+        return self._mail

@@ -94,6 +94,8 @@ class Engine:
         for request, event in events:
             if not _tell(request, event):
                 self._core.abort(request)
+            elif isinstance(event, TokenEvent) and event.finish_reason is None:
+                continue
             if all(sequence.finish_reason is not None for sequence in request.sequences):
                 self._live.discard(request)
 

@@ -18,6 +18,7 @@ from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
 from kvant.engine.batch import Batch
 from kvant.kernels.ops import AttentionBatch
+from kvant.kernels.transfer import sent
 from kvant.models.decoder import Decoder
 
 logger = logging.getLogger("kvant")
@@ -144,20 +145,22 @@ class DecodeGraphs:
 
     def _fill(self, batch: Batch, size: int) -> None:
         count, attention = len(batch.ids), batch.attention
+        device = self._fixed.numbers.device
         numbers = self._padding[:, :size].clone()
-        rows = (batch.ids, attention.positions, attention.slots, batch.rope_lengths)
+        rows = (batch.ids, attention.positions, attention.slots, batch.rope_lengths, attention.lengths)
         for row, values in enumerate(rows):
             numbers[row, :count] = values
-        numbers[-1, :count] = torch.tensor(attention.context_lens)
-        fixed = self._fixed
-        fixed.numbers[: _NUMBERS * size].copy_(_pinned(numbers.flatten(), fixed.numbers.device), non_blocking=True)
-        tables = attention.block_tables
-        if self._tables is None or not torch.equal(self._tables, tables):
+        tables, known = attention.block_tables, self._tables
+        if known is not None and torch.equal(known, tables):
+            [there] = sent([numbers], device)
+        else:
             self._tables = tables
-            device = fixed.tables.device
-            fixed.tables[:count, : tables.shape[1]].copy_(_pinned(tables, device), non_blocking=True)
-        # A row beyond the batch has one token of context, in its first block.
-        fixed.tables[count:size, 0] = int(self._padding[2, 0]) // self._store.paging.block_size
+            there, moved = sent([numbers, tables], device)
+            self._fixed.tables[:count, : tables.shape[1]] = moved
+        self._fixed.numbers[: _NUMBERS * size] = there.flatten()
+        if count < size:
+            # A row beyond the batch has one token of context, in its first block.
+            self._fixed.tables[count:size, 0] = int(self._padding[2, 0]) // self._store.paging.block_size
 
     def _record(self, size: int, recorder: Recorder) -> _Step:
         ids, positions, slots, rope_lengths, lengths = self._fixed.numbers[: _NUMBERS * size].view(_NUMBERS, size)
@@ -200,8 +203,3 @@ def _padding(block: int, paging: Paging, count: int) -> Tensor:
     """The numbers of rows that are nobody's, [_NUMBERS, count]: token 0, at the beginning of a text of one token."""
     column = torch.tensor([0, 0, block * paging.block_size + paging.lead, 1, 1])
     return column.unsqueeze(1).expand(-1, count).contiguous()
-
-
-def _pinned(x: Tensor, device: torch.device) -> Tensor:
-    """On the host, in memory that the device can fetch by itself."""
-    return x.pin_memory() if device.type == "cuda" else x

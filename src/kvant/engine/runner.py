@@ -12,9 +12,11 @@ from torch import Tensor
 from kvant.cache.store import KVStore, SwapSpace
 from kvant.engine.batch import Batch, build_batch
 from kvant.engine.graphs import DecodeGraphs
-from kvant.engine.sampler import Sampler, reported, token_logprobs
+from kvant.engine.logprobs import logprob_rows, told
+from kvant.engine.sampler import Sampler
 from kvant.engine.sequence import Plan, Row, Sampled, Sequence
 from kvant.formats.kv import check_finite
+from kvant.kernels.transfer import fetched, sent
 from kvant.models.decoder import Decoder
 
 _LOGIT_ROWS_AT_ONCE = 64  # bounds the logits of prompt_logprobs
@@ -28,15 +30,12 @@ class Flight:
         plan: what is computed.
         samplers: whom it draws tokens for.
         tokens: [R] int64 on the device, theirs in order.
-        logits: [R, vocab], where one of them wants log-probabilities.
     """
 
     plan: Plan
     samplers: List[Sequence]
     tokens: Tensor
-    logits: Tensor | None
-    _arriving: Tensor
-    _not_finite: Tensor | None
+    _arriving: _Arriving
     _arrived: torch.cuda.Event | None
 
     def sampled(self) -> list[Sampled]:
@@ -47,12 +46,24 @@ class Flight:
         """
         if self._arrived is not None:
             self._arrived.synchronize()
-        if self._not_finite is not None:
-            check_finite(self._not_finite == 0)
-        drawn = enumerate(zip(self.samplers, self._arriving.tolist(), strict=True))
-        return [
-            Sampled(sequence, token, reported(self.logits, row, token, sequence)) for row, (sequence, token) in drawn
-        ]
+        arrived = self._arriving
+        if arrived.not_finite is not None:
+            check_finite(arrived.not_finite == 0)
+        sampled = list(map(Sampled, self.samplers, arrived.tokens.tolist()))
+        if arrived.logprobs is not None:
+            for row, numbers in zip(_reporting(self.samplers), arrived.logprobs.tolist(), strict=True):
+                sequence, token, _ = sampled[row]
+                sampled[row] = Sampled(sequence, token, told(numbers, token, sequence.request.sampling.logprobs or 0))
+        return sampled
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """What the host waits for: tokens [R], `logprob_rows` of those who ask for them, marks beside the plan's tokens."""
+
+    tokens: Tensor
+    logprobs: Tensor | None
+    not_finite: Tensor | None
 
 
 class Runner:
@@ -80,21 +91,21 @@ class Runner:
         self._swap.swap_out(plan.swaps_out)
         self._store.copy_blocks(plan.copies)
         self._swap.swap_in(plan.swaps_in)
-        batch = build_batch(plan, self._store.paging, self._decoder.spec.length_rope)
+        batch = build_batch(plan, self._store.paging, self._decoder.spec.length_rope, known=after is None)
         ids = None if after is None else _following(plan, after)
         samplers = [sequence for row in plan.rows for sequence in row.samplers]
-        logits, not_finite = self._compute(plan, batch, ids)
+        logits, not_finite = self._compute(plan, batch, ids, samplers)
         if logits is None:
-            tokens = torch.empty(0, dtype=torch.int64)
-            return self._flight(plan, [], tokens, None, not_finite)
+            return self._flight(plan, [], _Arriving(torch.empty(0, dtype=torch.int64), None, not_finite))
         tokens = self._sampler.draw(logits, samplers, ahead=int(after is not None))
-        # Recorded steps will write to the same memory.
-        wanted = any(sequence.request.sampling.logprobs is not None for sequence in samplers)
-        return self._flight(plan, samplers, tokens, logits.clone() if wanted else None, not_finite)
+        return self._flight(plan, samplers, _Arriving(tokens, self._logprobs(logits, tokens, samplers), not_finite))
 
-    def _compute(self, plan: Plan, batch: Batch, ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _compute(
+        self, plan: Plan, batch: Batch, ids: Tensor | None, samplers: List[Sequence]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The logits of those who sample, and which tokens are not finite, where the backend leaves that to be seen."""
-        if self._graphs is not None and self._graphs.fits(batch) and all(map(_decodes, plan.rows)):
+        alone = samplers == [row.sequence for row in plan.rows]
+        if alone and self._graphs is not None and self._graphs.fits(batch):
             return self._graphs.run(batch, ids)
         on_device = batch.to(self._decoder.ops.device)
         ids = on_device.ids if ids is None else ids
@@ -104,17 +115,24 @@ class Runner:
             self._collect_prompt_logprobs(row, hidden[start:stop])
         ends = [stop - 1 for row, (_, stop) in zip(plan.rows, spans, strict=True) for _ in row.samplers]
         bad = on_device.attention.reported_not_finite
-        return self._decoder.logits(hidden[ends]) if ends else None, bad
+        return self._decoder.logits(_chosen(hidden, ends)) if ends else None, bad
 
-    def _flight(
-        self, plan: Plan, samplers: List[Sequence], tokens: Tensor, logits: Tensor | None, bad: Tensor | None
-    ) -> Flight:
+    def _logprobs(self, logits: Tensor, tokens: Tensor, samplers: List[Sequence]) -> Tensor | None:
+        rows = _reporting(samplers)
+        if not rows:
+            return None
+        top = max(samplers[row].request.sampling.logprobs or 0 for row in rows)
+        return logprob_rows(_chosen(logits, rows), _chosen(tokens, rows), top)
+
+    def _flight(self, plan: Plan, samplers: List[Sequence], results: _Arriving) -> Flight:
         if self._decoder.ops.device.type == "cpu":
-            return Flight(plan, samplers, tokens, logits, tokens, bad, None)
-        arriving, bad = _fetched(tokens), None if bad is None else _fetched(bad)
+            return Flight(plan, samplers, results.tokens, results, None)
+        logprobs = None if results.logprobs is None else fetched(results.logprobs)
+        not_finite = None if results.not_finite is None else fetched(results.not_finite)
+        arriving = _Arriving(fetched(results.tokens), logprobs, not_finite)
         arrived = torch.cuda.Event()
         arrived.record()
-        return Flight(plan, samplers, tokens, logits, arriving, bad, arrived)
+        return Flight(plan, samplers, results.tokens, arriving, arrived)
 
     def _collect_prompt_logprobs(self, row: Row, hidden: Tensor) -> None:
         """Append what the row's tokens say of the prompt tokens that follow them; a recomputed prompt adds nothing."""
@@ -124,25 +142,27 @@ class Runner:
         if top is None or len(found) > last:
             return
         for first in range(max(row.start, len(found) - 1), last, _LOGIT_ROWS_AT_ONCE):
-            positions = range(first, min(first + _LOGIT_ROWS_AT_ONCE, last))
-            logits = self._decoder.logits(hidden[positions.start - row.start : positions.stop - row.start])
-            found += [token_logprobs(logits[p - first], request.prompt[p + 1], top) for p in positions]
+            stop = min(first + _LOGIT_ROWS_AT_ONCE, last)
+            logits = self._decoder.logits(hidden[first - row.start : stop - row.start])
+            tokens = request.prompt[first + 1 : stop + 1]
+            rows = logprob_rows(logits, torch.tensor(tokens).to(logits.device), top).tolist()
+            found += [told(numbers, token, top) for numbers, token in zip(rows, tokens, strict=True)]
 
 
-def _decodes(row: Row) -> bool:
-    """Whether nothing but the next token is wanted of it."""
-    return row.samplers == (row.sequence,) and row.sequence.request.sampling.prompt_logprobs is None
+def _reporting(samplers: List[Sequence]) -> list[int]:
+    """The rows of those who want log-probabilities."""
+    return [row for row, sequence in enumerate(samplers) if sequence.request.sampling.logprobs is not None]
 
 
-def _fetched(x: Tensor) -> Tensor:
-    """On its way to the host, into memory that the device can write by itself."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+def _chosen(x: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of what is on the device; itself where they are all of them in order."""
+    if rows == list(range(len(x))):
+        return x
+    [index] = sent([torch.tensor(rows)], x.device)
+    return x[index]
 
 
 def _following(plan: Plan, before: Flight) -> Tensor:
     """The ids that a plan's rows begin with, one each, as the step before draws them: [T] int64 on the device."""
     drawn = {sequence: row for row, sequence in enumerate(before.samplers)}
-    rows = [drawn[row.sequence] for row in plan.rows]
-    if rows == list(range(len(before.samplers))):
-        return before.tokens
-    return before.tokens[torch.tensor(rows).to(before.tokens.device, non_blocking=True)]
+    return _chosen(before.tokens, [drawn[row.sequence] for row in plan.rows])

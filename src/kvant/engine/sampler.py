@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvant.engine.outputs import TokenLogprobs
 from kvant.engine.sequence import Sequence
 from kvant.kernels.ops import Ops, SamplingBatch
 
@@ -28,37 +27,17 @@ class Sampler:
             sequences: whose they are.
             ahead: tokens of each that are drawn already, but not known yet.
         """
-        wanted = logits
-        for row, sequence in enumerate(sequences):
-            if _reshapes(sequence):
-                wanted = logits.clone() if wanted is logits else wanted
-                _reshape(wanted[row], sequence)
-        return self._ops.sample(wanted, _sampling_batch(sequences, ahead))
-
-
-def token_logprobs(logits: Tensor, token: int, top: int) -> TokenLogprobs:
-    """The token's log-probability, its rank (1 is the likeliest) and the `top` likeliest; logits [vocab]."""
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(min(top, logprobs.shape[-1]))
-    rank = int((logprobs > logprobs[token]).sum()) + 1
-    return TokenLogprobs(token, float(logprobs[token]), rank, tuple(zip(ids.tolist(), values.tolist(), strict=True)))
-
-
-def reported(logits: Tensor | None, row: int, token: int, sequence: Sequence) -> TokenLogprobs | None:
-    """What the sequence wants to be told of its token; logits [R, vocab], there where a sequence wants it."""
-    top = sequence.request.sampling.logprobs
-    return None if top is None or logits is None else token_logprobs(logits[row], token, top)
+        reshaped = [row for row, sequence in enumerate(sequences) if _reshapes(sequence)]
+        if reshaped:
+            logits = logits.clone()
+        for row in reshaped:
+            _reshape(logits[row], sequences[row])
+        return self._ops.sample(logits, _sampling_batch(sequences, ahead))
 
 
 def _reshapes(sequence: Sequence) -> bool:
     sampling = sequence.request.sampling
-    return bool(
-        sampling.repetition_penalty != 1
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
-        or sampling.logit_bias
-        or len(sequence.output) < sampling.min_tokens
-    )
+    return sampling.penalizes or bool(sampling.logit_bias) or len(sequence.output) < sampling.min_tokens
 
 
 def _reshape(logits: Tensor, sequence: Sequence) -> None:
@@ -80,19 +59,16 @@ def _reshape(logits: Tensor, sequence: Sequence) -> None:
 
 
 def _sampling_batch(sequences: List[Sequence], ahead: int) -> SamplingBatch:
-    wishes = [sequence.request.sampling for sequence in sequences]
+    filters = np.array([sequence.request.sampling.filters for sequence in sequences])
+    temperature, top_k, top_p, min_p = filters.T
+    uniform = [
+        0.0 if sequence.request.sampling.temperature == 0 else sequence.randomness.at(len(sequence.output) + ahead)
+        for sequence in sequences
+    ]
     return SamplingBatch(
-        temperature=torch.tensor([wish.temperature for wish in wishes], dtype=torch.float32),
-        top_k=torch.tensor([wish.top_k for wish in wishes]),
-        top_p=torch.tensor([wish.top_p for wish in wishes], dtype=torch.float32),
-        min_p=torch.tensor([wish.min_p for wish in wishes], dtype=torch.float32),
-        uniform=torch.tensor([_uniform(sequence, ahead) for sequence in sequences], dtype=torch.float64),
+        temperature=torch.from_numpy(temperature.astype(np.float32)),
+        top_k=torch.from_numpy(top_k.astype(np.int64)),
+        top_p=torch.from_numpy(top_p.astype(np.float32)),
+        min_p=torch.from_numpy(min_p.astype(np.float32)),
+        uniform=torch.from_numpy(np.array(uniform)),
     )
-
-
-def _uniform(sequence: Sequence, ahead: int) -> float:
-    """In [0, 1), from a counter-based generator: no state, so batches and preemption cannot change it."""
-    if sequence.request.sampling.greedy:
-        return 0.0
-    key = np.array([sequence.request.seed % 2**64, sequence.index], dtype=np.uint64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=len(sequence.output) + ahead)).random())

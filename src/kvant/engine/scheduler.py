@@ -7,9 +7,9 @@ prefill, decode, prefix-cache hits and preemption are that one rule.
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
 
 from kvant.cache.blocks import BlockPool, Paging
 from kvant.cache.prefix import PrefixTree
@@ -67,7 +67,7 @@ class Scheduler:
     @property
     def blocks_used(self) -> int:
         """Blocks that running sequences hold."""
-        return len({block for sequence in self._running for block in sequence.blocks})
+        return self._pool.num_used
 
     def has_work(self) -> bool:
         """Whether a plan would not be empty."""
@@ -75,6 +75,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. The caller has checked that it can ever fit."""
+        room, limit = self._max_model_len - len(request.prompt), request.sampling.max_tokens
+        request.limit = room if limit is None else min(limit, room)
         self._waiting.append(request.sequences[0])
         self._stalled = False
 
@@ -88,34 +90,30 @@ class Scheduler:
         draft = Draft()
         preempted, self._stalled = self.preemptions, False
         for sequence in sorted(self._running, key=lambda s: s.remaining > 1):
-            if sequence in self._running:
+            if preempted == self.preemptions or sequence in self._running:
                 self._continue(sequence, draft)
         if preempted == self.preemptions or not draft.rows:
             self._admit(draft)
         return draft.plan()
 
     def ahead(self, plan: Plan) -> Plan | None:
-        """The step after `plan`, whose tokens are not known yet: one more token for each of its sequences.
+        """The step after `plan`, whose tokens are not known yet: one more token for each of its sequences that goes on.
 
         None where these tokens could matter to it: a sequence's next distribution, its prompt or its place depends on
         them, somebody who waits might be admitted, or blocks run out.
         """
         if self._waiting and not self._stalled:
             return None
-        draft, going_on = Draft(), []
-        for row in plan.rows:
-            ended = row.sequence.finish_reason is not None
-            if ended or row.samplers != (row.sequence,) or not row.sequence.foreseeable:
-                return None
-            if not self._ends_with_next(row.sequence):
-                going_on.append(row)
-        if len(plan.rows) != len(self._running) or not going_on:
+        # Who has ended since it was planned has a token too many on its way, and no other after that.
+        alive = [row for row in plan.rows if row.sequence.finish_reason is None]
+        if len(alive) != len(self._running):
             return None
-        for row in going_on:
-            if not self._reserve_next(row):
-                return None
-            draft.rows[row.sequence] = replace(row, start=row.stop, stop=row.stop + 1)
-        return draft.plan()
+        if not all(len(row.samplers) == 1 and row.sequence.foreseeable for row in alive):
+            return None
+        going_on = [row for row in alive if not self._ends_with_next(row.sequence)]
+        if not going_on or not all(map(self._reserve_next, going_on)):
+            return None
+        return Plan(tuple(Row(row.sequence, row.stop, row.stop + 1, row.samplers) for row in going_on), ())
 
     def commit(self, plan: Plan, sampled: Iterable[Sampled]) -> list[tuple[Request, TokenEvent]]:
         """Take a step's results: advance, remember full blocks, share prompts with forks, append tokens, finish.
@@ -123,30 +121,34 @@ class Scheduler:
         What was computed of sequences that have ended since it was planned is dropped.
         """
         now = time.monotonic()
-        for row in plan.rows:
-            if row.sequence.finish_reason is not None:
+        for sequence, _, stop, samplers in plan.rows:
+            if sequence.finish_reason is not None:
                 continue
-            row.sequence.computed = row.stop
-            self._remember_full_blocks(row.sequence)
-            if len(row.samplers) > 1:
-                self._fork(row.sequence)
+            sequence.computed = stop
+            if self._paging.full_blocks(stop) > sequence.cached_blocks:
+                self._remember_full_blocks(sequence)
+            if len(samplers) > 1:
+                self._fork(sequence)
         alive = [item for item in sampled if item.sequence.finish_reason is None]
         return [(item.sequence.request, self._append(item, now)) for item in alive]
 
     def _ends_with_next(self, sequence: Sequence) -> bool:
         """Whether a sequence's next token is its last one, whichever it is."""
-        limit = sequence.request.sampling.max_tokens
-        longest = sequence.total + 1 >= self._max_model_len
-        return longest or (limit is not None and len(sequence.output) + 1 >= limit)
+        return len(sequence.output) + 1 >= sequence.request.limit
 
     def _reserve_next(self, row: Row) -> bool:
         """A place for the token after a row's last one, if there is one without taking from others or copying."""
-        sequence, index = row.sequence, self._paging.block_of(row.stop)
-        if index < len(sequence.blocks):
-            return self._pool.references(sequence.blocks[index]) == 1
+        sequence = row.sequence
+        if self._paging.block_of(row.stop) < len(sequence.blocks):
+            return self._has_place(sequence, row.stop)
         taken = self._take(1)
         sequence.blocks.extend(taken or ())
         return taken is not None
+
+    def _has_place(self, sequence: Sequence, position: int) -> bool:
+        """Whether a sequence has a block for a token that nobody else would see written."""
+        index = self._paging.block_of(position)
+        return index < len(sequence.blocks) and self._pool.references(sequence.blocks[index]) == 1
 
     def _continue(self, sequence: Sequence, draft: Draft) -> None:
         """Plan more of a running sequence; where blocks run out, the latest arrivals make room.
@@ -154,6 +156,9 @@ class Scheduler:
         None of them is in the draft yet: only decodes need new blocks, and these come first, in order of arrival.
         """
         count = min(sequence.remaining, self._budget - draft.num_tokens)
+        if count == 1 and self._has_place(sequence, sequence.computed):
+            draft.compute(sequence, 1)
+            return
         while count and not self._reserve(sequence, sequence.computed + count, draft):
             victim = self._running[-1]
             # Alone and still no room: the blocks it shares with the tree are in its own way.
@@ -208,7 +213,7 @@ class Scheduler:
         match = self._tree.match(sequence.tokens(0, sequence.total - 1), sequence.request.salt)
         for block in match.blocks:
             self._pool.share(block)
-        sequence.blocks = list(match.blocks)
+        sequence.blocks = array("q", match.blocks)
         sequence.computed = match.length
         sequence.cached_blocks = self._paging.full_blocks(match.length)
 
@@ -242,14 +247,9 @@ class Scheduler:
         return taken
 
     def _remember_full_blocks(self, sequence: Sequence) -> None:
-        """Let the tree know newly filled blocks. Where it has one of equal content, the sequence adopts that."""
+        """Let the tree know filled blocks. Where it has one of equal content, the sequence adopts that."""
         full = self._paging.full_blocks(sequence.computed)
-        if self._tree is None or full <= sequence.cached_blocks:
-            return
-        known = self._tree.insert(
-            sequence.tokens(0, self._paging.capacity(full)), sequence.blocks[:full], sequence.request.salt
-        )
-        for index, block in enumerate(known):
+        for index, block in enumerate(self._remember(sequence, self._paging.capacity(full)), sequence.cached_blocks):
             if block != sequence.blocks[index]:
                 self._pool.share(block)
                 self._pool.release(sequence.blocks[index])
@@ -261,26 +261,24 @@ class Scheduler:
         for fork in leader.forks:
             for block in leader.blocks:
                 self._pool.share(block)
-            fork.blocks = list(leader.blocks)
+            fork.blocks = leader.blocks[:]
             fork.computed, fork.cached_blocks = leader.computed, leader.cached_blocks
             self._running.append(fork)
         leader.forks = ()
 
     def _append(self, item: Sampled, now: float) -> TokenEvent:
-        sequence = item.sequence
-        sequence.output.append(item.token_id)
-        reason = self._finish_reason(sequence, item.token_id)
+        sequence, token, logprobs = item
+        sequence.output.append(token)
+        reason = self._finish_reason(sequence, token)
         if reason is not None:
             self._end(sequence, reason)
-        return TokenEvent(sequence.index, item.token_id, now, item.logprobs, reason)
+        return TokenEvent(sequence.index, token, now, logprobs, reason)
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        if token in sequence.request.stop_ids and len(sequence.output) > sampling.min_tokens:
+        request, length = sequence.request, len(sequence.output)
+        if token in request.stop_ids and length > request.sampling.min_tokens:
             return "stop"
-        if sampling.max_tokens is not None and len(sequence.output) >= sampling.max_tokens:
-            return "length"
-        return "length" if sequence.total >= self._max_model_len else None
+        return "length" if length >= request.limit else None
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> TokenEvent:
         sequence.finish_reason = reason
@@ -307,9 +305,17 @@ class Scheduler:
 
     def _remember_tail(self, sequence: Sequence) -> None:
         """An ended text is known to its last computed token, so that a next turn goes on from there."""
-        if self._tree is not None and sequence.computed:
-            used = self._paging.blocks_for(sequence.computed)
-            self._tree.insert(sequence.tokens(0, sequence.computed), sequence.blocks[:used], sequence.request.salt)
+        if sequence.computed:
+            self._remember(sequence, sequence.computed)
+
+    def _remember(self, sequence: Sequence, upto: int) -> list[int]:
+        """Let the tree know the first `upto` tokens: its blocks for those that it did not know of this sequence."""
+        if self._tree is None:
+            return []
+        known, used = sequence.cached_blocks, self._paging.blocks_for(upto)
+        tokens = sequence.tokens(self._paging.capacity(known), upto)
+        blocks = sequence.blocks
+        return self._tree.insert(tokens, blocks[known:used], sequence.request.salt, known=blocks[:known])
 
     def _preempt(self, sequence: Sequence, draft: Draft) -> None:
         """Give all blocks back; the sequence is first in the queue, with its output as it is.
@@ -345,7 +351,7 @@ class Scheduler:
         """Give all blocks back; what the swap space does not keep is to be computed again."""
         for block in sequence.blocks:
             self._pool.release(block)
-        sequence.blocks = []
+        sequence.blocks = array("q")
         sequence.cached_blocks = 0
         if not sequence.swapped:
             sequence.computed = 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvant.config import SamplingParams
 from kvant.engine.outputs import FinishReason, TokenLogprobs
+from kvant.engine.randomness import Randomness
 from kvant.errors import KvantError
 
 
@@ -50,6 +53,7 @@ class Request:
         salt: set where KV depends on more than the token prefix; see `PrefixTree`.
         cached_tokens: prompt tokens found in the prefix cache.
         prompt_logprobs: filled as the prompt is computed; the first token has none.
+        limit: tokens of each choice's output at most; the scheduler knows.
         scheduled: when the request first left the queue (time.monotonic seconds).
     """
 
@@ -60,6 +64,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     salt: Hashable = None
     arrival: float = field(default_factory=time.monotonic)
+    limit: int = 0
     scheduled: float | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=lambda: [None])
@@ -76,6 +81,8 @@ class Sequence:
     """One choice of a request: `computed` of its `total` tokens have their KV in `blocks`.
 
     Attributes:
+        blocks: ids as machine integers, so that a step's table is put together at the speed of memory.
+        randomness: of its samples.
         forks: the request's other choices, as long as they wait to share this one's prompt.
         cached_blocks: leading blocks that the prefix tree knows.
         may_reuse: whether it may take blocks from the prefix tree.
@@ -86,12 +93,16 @@ class Sequence:
     index: int
     output: list[int] = field(default_factory=list)
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("q"))
     forks: tuple[Sequence, ...] = ()
     cached_blocks: int = 0
     may_reuse: bool = True
     swapped: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    randomness: Randomness = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.randomness = Randomness(self.request.seed, self.index)
 
     @property
     def total(self) -> int:
@@ -107,12 +118,7 @@ class Sequence:
     def foreseeable(self) -> bool:
         """Whether its next token but one can be drawn by a device that alone knows the next one."""
         sampling = self.request.sampling
-        return (
-            sampling.repetition_penalty == 1
-            and not sampling.presence_penalty
-            and not sampling.frequency_penalty
-            and len(self.output) >= sampling.min_tokens
-        )
+        return not sampling.penalizes and len(self.output) >= sampling.min_tokens
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids of positions [start, stop)."""
@@ -120,8 +126,10 @@ class Sequence:
         return [*prompt[start:stop], *self.output[max(start - len(prompt), 0) : max(stop - len(prompt), 0)]]
 
 
-@dataclass(frozen=True)
-class Row:
+# Rows and tokens are tuples: a frozen dataclass takes three times as long to make, and there are many.
+
+
+class Row(NamedTuple):
     """One sequence's share of a step: compute the tokens [start, stop), then sample for `samplers`.
 
     `samplers` is empty while a prompt is incomplete, the sequence itself when decoding, and all of the request's
@@ -156,31 +164,27 @@ class Plan:
 
 @dataclass
 class Draft:
-    """A plan in the making."""
+    """A plan in the making; it computes `num_tokens` so far."""
 
     rows: dict[Sequence, Row] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
     swaps_out: list[tuple[int, int]] = field(default_factory=list)
     swaps_in: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed so far."""
-        return sum(row.stop - row.start for row in self.rows.values())
+    num_tokens: int = 0
 
     def compute(self, sequence: Sequence, count: int) -> None:
         """Let the step compute the sequence's next `count` tokens."""
         stop = sequence.computed + count
         samplers = (sequence, *sequence.forks) if stop == sequence.total else ()
         self.rows[sequence] = Row(sequence, sequence.computed, stop, samplers)
+        self.num_tokens += count
 
     def plan(self) -> Plan:
         """The plan as it stands."""
         return Plan(tuple(self.rows.values()), tuple(self.copies), tuple(self.swaps_out), tuple(self.swaps_in))
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(NamedTuple):
     """A token drawn for a sequence."""
 
     sequence: Sequence

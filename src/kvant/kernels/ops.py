@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvant.formats.kv import KVLayer
 from kvant.formats.weight import PackedWeight
+from kvant.kernels.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class AttentionBatch:
     def lengths(self) -> Tensor:
         """context_lens on the device, [S] int32; made at its first use, once a step."""
         return torch.tensor(self.context_lens, dtype=torch.int32).to(self.positions.device, non_blocking=True)
+
+    def to(self, device: torch.device, *others: Tensor) -> tuple[AttentionBatch, tuple[Tensor, ...]]:
+        """The same on another device, and other tensors of the host in the same copy."""
+        own = (self.positions, self.slots, self.block_tables, self.starts, self.lengths)
+        positions, slots, tables, starts, lengths, *moved = sent([*own, *others], device)
+        batch = AttentionBatch(positions, slots, self.query_starts, self.context_lens, tables)
+        batch.__dict__.update(starts=starts, lengths=lengths)
+        return batch, tuple(moved)
 
     @property
     def reported_not_finite(self) -> Tensor | None:
@@ -110,7 +119,7 @@ class SamplingBatch:
 
     def to(self, device: torch.device) -> SamplingBatch:
         """The same on another device."""
-        return SamplingBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return SamplingBatch(*sent([getattr(self, field.name) for field in fields(self)], device))
 
 
 class Ops(Protocol):

@@ -46,7 +46,7 @@ class Decoder:
         Args:
             ids: [T] int64 token ids.
             batch: where each token stands and where its KV lies.
-            rope_lengths: [T] int64, see `models.rope.rope_length`.
+            rope_lengths: [T] int64, see `models.rope.rope_lengths`.
             cache: the layers of the KV store.
         """
         ops, spec = self.ops, self.spec

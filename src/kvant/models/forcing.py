@@ -12,7 +12,7 @@ from kvant.cache.store import KVStore
 from kvant.formats.kv import KVPlan, check_finite
 from kvant.kernels.ops import AttentionBatch
 from kvant.models.decoder import Decoder
-from kvant.models.rope import rope_length
+from kvant.models.rope import rope_lengths
 
 CHUNK = 256  # tokens a step: bounds the activations
 BLOCK_SIZE = 64
@@ -59,6 +59,4 @@ def _rope_lengths(decoder: Decoder, length: int, positions: Tensor) -> Tensor:
     rope = decoder.spec.length_rope
     if rope is None:
         return positions + 1
-    return torch.tensor(
-        [rope_length(rope, length, position) for position in positions.tolist()], device=positions.device
-    )
+    return rope_lengths(rope, torch.full_like(positions, length), positions)

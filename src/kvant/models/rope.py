@@ -85,7 +85,7 @@ class RotaryEmbedding:
 
         Args:
             positions: [T] int64.
-            lengths: [T] int64, the length whose frequencies rule each token; see `rope_length`.
+            lengths: [T] int64, the length whose frequencies rule each token; see `rope_lengths`.
         """
         angles = positions.float().unsqueeze(1) * self._frequencies(lengths)
         return angles.cos() * self._spec.attention_factor, angles.sin() * self._spec.attention_factor
@@ -106,10 +106,10 @@ def _bounds(spec: RopeSpec) -> list[int]:
     return [spec.original_length] if spec.kind == "longrope" and spec.depends_on_length else []
 
 
-def rope_length(spec: RopeSpec, prompt_length: int, position: int) -> int:
-    """The length that rules a token's frequencies where they depend on one.
+def rope_lengths(spec: RopeSpec, prompt_lengths: Tensor, positions: Tensor) -> Tensor:
+    """The length that rules each token's frequencies where they depend on one; all [T] int64.
 
     A prompt's tokens share the prompt's length, whatever the chunks. A generated token has its own, as when it is
     decoded one by one; Qwen keeps the prompt's. So a token's rotation is known when it is written, and never changes.
     """
-    return prompt_length if spec.kind == "qwen" else max(prompt_length, position + 1)
+    return prompt_lengths if spec.kind == "qwen" else torch.maximum(prompt_lengths, positions + 1)
