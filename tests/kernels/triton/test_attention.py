@@ -21,6 +21,7 @@ from kvant.kernels.triton.launch import Config
 from kvant.kernels.triton.tuning import Tuning
 from tests.formats.stats import layer_plan_of
 from tests.kernels.scenes import Scene, scene
+from tests.kernels.triton.interpreter import run_assembly
 
 # Contexts that end within the sinks, at a block's edge and behind it; single tokens, prompts, chunks.
 MIXED = [(0, 1), (2, 1), (15, 1), (79, 1), (0, 3), (1, 9), (40, 21)]
@@ -94,14 +95,20 @@ def test_shapes(name, dim, heads, kv_heads, block_size, window, softcap):
     attended(it, torch.float32, AttentionShape(heads, kv_heads, dim, dim**-0.5, window, softcap))
 
 
+@pytest.mark.parametrize("name", ["int4", "k8v4", "int8_pertoken", "int4_plain"])
+def test_as_devices_unpack_codes(name, monkeypatch):
+    run_assembly(monkeypatch)
+    monkeypatch.setattr(attention_decode, "interpreted", lambda: False)
+    attended(made(name, lengths=DECODES), torch.float16, AttentionShape(3, 1, 64, 0.15))
+
+
 @pytest.mark.parametrize("name", ["fp16", "int8", "k8v4"])
-@pytest.mark.parametrize("dot", [0, 1])
-def test_a_context_in_parts_and_tiles_of_any_size(name, dot):
+def test_a_context_in_parts_and_tiles_of_any_size(name):
     it, shape = made(name, lengths=DECODES), AttentionShape(1, 1, 64, 0.15, 100)
     q = torch.randn(it.tokens, 1, 64)
     for tile, splits in ((16, 1), (16, 3), (64, 2), (32, 16)):
         out = torch.full_like(q, float("nan"))
-        decode(q, it.cache, it.batch, shape, out, Config({"TILE": tile, "SPLITS": splits, "DOT": dot}))
+        decode(q, it.cache, it.batch, shape, out, Config({"TILE": tile, "SPLITS": splits}))
         check(out, q, it, shape)
 
 
