@@ -3,7 +3,8 @@
     python -m tests.kernels.triton.count CAPABILITY [FORMAT/MODEL/HEAD_DIM ...]
 
 For each a line: instructions of a thread in the loop over a part of a context, and how many of all threads that is for
-each byte of the cache that a tile reads. Those called slow have half the multiprocessor's lanes. As with `compile`, TRITON_INTERPRET must not be set.
+each byte of the cache that a tile reads. Those called slow have half the multiprocessor's lanes. As with `compile`,
+TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations

@@ -112,11 +112,10 @@ def test_a_context_in_parts_and_tiles_of_any_size(name):
         check(out, q, it, shape)
 
 
-@pytest.mark.parametrize("rows", [16, 64])
-@pytest.mark.parametrize("tile", [16, 64])
-def test_prompts_in_tiles_of_any_size(rows, tile):
-    """Single tokens too, if they are to be."""
-    it, shape = made("int4", lengths=MIXED), AttentionShape(3, 1, 64, 0.15, 30)
+@pytest.mark.parametrize(("rows", "tile", "window"), [(16, 16, 30), (16, 64, 30), (64, 64, 30), (64, 16, None)])
+def test_prompts_in_tiles_of_any_size(rows, tile, window):
+    """Single tokens too, if they are to be. Every row sees all of some tiles."""
+    it, shape = made("int4", lengths=MIXED), AttentionShape(3, 1, 64, 0.15, window)
     q, out = torch.randn(it.tokens, 3, 64), torch.full((it.tokens, 3, 64), float("nan"))
     prefill(q, it.cache, it.batch, shape, out, Config({"ROWS": rows, "TILE": tile}))
     check(out, q, it, shape)
