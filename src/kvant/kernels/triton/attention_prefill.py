@@ -335,9 +335,11 @@ def default(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionSh
     """A good guess for data-center GPUs of compute capability 8.0 and 9.0."""
     rows = _longest(batch) * shape.num_heads // shape.num_kv_heads
     wide = triton.next_power_of_2(shape.head_dim) > 128 or q.dtype == torch.float32
-    # Where operands lie in registers too, there are not enough of them for 128 rows, or for 64 with 4 warps.
+    # Where operands lie in registers too, there are not enough of them for 128 rows, or for 64 with 4 warps; nor for 64
+    # wide ones.
     roomy = _has_warp_groups()
-    size = min(max(triton.next_power_of_2(rows), 16), 128 if roomy and not wide else 64)
+    most = 128 if roomy and not wide else 64 if roomy or not wide else 32
+    size = min(max(triton.next_power_of_2(rows), 16), most)
     return Config({"ROWS": size, "TILE": 32 if wide else 64}, 8 if size == 128 or wide or not roomy else 4, 2)
 
 
