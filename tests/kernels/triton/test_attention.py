@@ -112,6 +112,12 @@ def test_a_context_in_parts_and_tiles_of_any_size(name):
         check(out, q, it, shape)
 
 
+def test_groups_that_words_do_not_fill():
+    it = made("k8v4", 72, lengths=[(20, 1)])
+    with pytest.raises(NotImplementedError, match="72 elements in 4 groups"):
+        attended(it, torch.float16, AttentionShape(1, 1, 72, 0.1))
+
+
 @pytest.mark.parametrize(("rows", "tile", "window"), [(16, 16, 30), (16, 64, 30), (64, 64, 30), (64, 16, None)])
 def test_prompts_in_tiles_of_any_size(rows, tile, window):
     """Single tokens too, if they are to be. Every row sees all of some tiles."""

@@ -17,7 +17,7 @@ from kvant.formats.kv_stats import CENTRE_TILE
 from kvant.kernels.ops import AttentionBatch, AttentionShape
 from kvant.kernels.triton.attention_parts import LOG2E, merge
 from kvant.kernels.triton.attention_tiles import attend_tiles
-from kvant.kernels.triton.kv_layout import centre_arguments, dot_types, layer_key, side_arguments, side_of
+from kvant.kernels.triton.kv_layout import Side, centre_arguments, dot_types, layer_key, side_arguments, side_of
 from kvant.kernels.triton.launch import Config, interpreted
 
 MOST_MEMBERS = 16  # query heads that a program takes
@@ -40,6 +40,7 @@ def attention_decode(
     """Attention of the sequences that have one new token, as `Ops.attention`, into their rows of `out`, contiguous."""
     config = config or default(q, cache, batch, shape)
     keys, values = side_of(cache, "key"), side_of(cache, "value")
+    _check_groups(shape.head_dim, keys, values)
     q = q if q.stride(2) == 1 and q.stride(1) == shape.head_dim else q.contiguous()
     sequences, splits = len(batch.context_lens), config.blocks["SPLITS"]
     sums = tops = None
@@ -69,6 +70,16 @@ def attention_decode(
     if splits > 1:
         merged = {name: sides[name] for name in _MERGED}
         merge[(sequences, shape.num_heads)](**common, **merged, num_warps=2)
+
+
+def _check_groups(head_dim: int, *sides: Side) -> None:
+    """Four codes are read at once, and are of one group."""
+    for side in sides:
+        if side.groups > 1 and head_dim % (4 * side.groups):
+            raise NotImplementedError(
+                f"vectors of {head_dim} elements in {side.groups} groups have no kernel on a GPU; take a format "
+                "whose groups have a multiple of 4 elements, such as int8"
+            )
 
 
 def key(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> str:
