@@ -62,6 +62,11 @@ def all_cases(slow: bool = False, only: str = "") -> Iterator[Case]:
 
 def compile_cases(capability: int, cases: Iterator[Case]) -> Iterator[Compiled]:
     """Compile what the cases launch for a GPU of this capability; a kernel that a case launches twice comes once."""
+    return (_compiled(case.name, kernel) for case, kernel in launches(capability, cases))
+
+
+def launches(capability: int, cases: Iterator[Case]) -> Iterator[tuple[Case, Any]]:
+    """`compile_cases`, as Triton gives kernels."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -85,7 +90,7 @@ def compile_cases(capability: int, cases: Iterator[Case]) -> Iterator[Compiled]:
             raise
         assert launched, f"{case.name} launches no kernel"
         for kernel in {id(kernel): kernel for kernel in launched}.values():
-            yield _compiled(case.name, kernel)
+            yield case, kernel
 
 
 def _compiled(case: str, kernel: Any) -> Compiled:

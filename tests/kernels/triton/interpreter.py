@@ -66,16 +66,18 @@ def run_assembly(patch: pytest.MonkeyPatch) -> None:
     def create_inline_asm(
         self: Any, code: str, constraints: str, values: list[Any], types: list[Any], pure: bool, pack: int
     ) -> Any:
-        assert (constraints, pack, len(types)) == (",".join(["=r", *["r"] * len(values)]), 2, 1)
+        assert (constraints, pack) == (",".join([*["=r"] * len(types), *["r"] * len(values)]), 2)
         shape = values[0].data.shape
         registers = {
-            f"${at + 1}": np.ascontiguousarray(value.data).reshape(-1).view(np.uint32)
+            f"${at + len(types)}": np.ascontiguousarray(value.data).reshape(-1).view(np.uint32)
             for at, value in enumerate(values)
         }
         for line in code.strip(" {}").split(";"):
             _run(line.replace(",", " ").split(), registers)
         return SimpleNamespace(
-            get_result=lambda at: TensorHandle(_elements(registers["$0"], types[0]).reshape(shape), types[0].scalar)
+            get_result=lambda at: TensorHandle(
+                _elements(registers[f"${at}"], types[at]).reshape(shape), types[at].scalar
+            )
         )
 
     patch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm)

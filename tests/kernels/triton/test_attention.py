@@ -21,6 +21,7 @@ from kvant.kernels.triton.launch import Config
 from kvant.kernels.triton.tuning import Tuning
 from tests.formats.stats import layer_plan_of
 from tests.kernels.scenes import Scene, scene
+from tests.kernels.triton.interpreter import run_assembly
 
 # Contexts that end within the sinks, at a block's edge and behind it; single tokens, prompts, chunks.
 MIXED = [(0, 1), (2, 1), (15, 1), (79, 1), (0, 3), (1, 9), (40, 21)]
@@ -94,22 +95,33 @@ def test_shapes(name, dim, heads, kv_heads, block_size, window, softcap):
     attended(it, torch.float32, AttentionShape(heads, kv_heads, dim, dim**-0.5, window, softcap))
 
 
+@pytest.mark.parametrize("name", ["int4", "k8v4", "int8_pertoken", "int4_plain"])
+def test_as_devices_unpack_codes(name, monkeypatch):
+    run_assembly(monkeypatch)
+    monkeypatch.setattr(attention_decode, "interpreted", lambda: False)
+    attended(made(name, lengths=DECODES), torch.float16, AttentionShape(3, 1, 64, 0.15))
+
+
 @pytest.mark.parametrize("name", ["fp16", "int8", "k8v4"])
-@pytest.mark.parametrize("dot", [0, 1])
-def test_a_context_in_parts_and_tiles_of_any_size(name, dot):
+def test_a_context_in_parts_and_tiles_of_any_size(name):
     it, shape = made(name, lengths=DECODES), AttentionShape(1, 1, 64, 0.15, 100)
     q = torch.randn(it.tokens, 1, 64)
     for tile, splits in ((16, 1), (16, 3), (64, 2), (32, 16)):
         out = torch.full_like(q, float("nan"))
-        decode(q, it.cache, it.batch, shape, out, Config({"TILE": tile, "SPLITS": splits, "DOT": dot}))
+        decode(q, it.cache, it.batch, shape, out, Config({"TILE": tile, "SPLITS": splits}))
         check(out, q, it, shape)
 
 
-@pytest.mark.parametrize("rows", [16, 64])
-@pytest.mark.parametrize("tile", [16, 64])
-def test_prompts_in_tiles_of_any_size(rows, tile):
-    """Single tokens too, if they are to be."""
-    it, shape = made("int4", lengths=MIXED), AttentionShape(3, 1, 64, 0.15, 30)
+def test_groups_that_words_do_not_fill():
+    it = made("k8v4", 72, lengths=[(20, 1)])
+    with pytest.raises(NotImplementedError, match="72 elements in 4 groups"):
+        attended(it, torch.float16, AttentionShape(1, 1, 72, 0.1))
+
+
+@pytest.mark.parametrize(("rows", "tile", "window"), [(16, 16, 30), (16, 64, 30), (64, 64, 30), (64, 16, None)])
+def test_prompts_in_tiles_of_any_size(rows, tile, window):
+    """Single tokens too, if they are to be. Every row sees all of some tiles."""
+    it, shape = made("int4", lengths=MIXED), AttentionShape(3, 1, 64, 0.15, window)
     q, out = torch.randn(it.tokens, 3, 64), torch.full((it.tokens, 3, 64), float("nan"))
     prefill(q, it.cache, it.batch, shape, out, Config({"ROWS": rows, "TILE": tile}))
     check(out, q, it, shape)

@@ -49,9 +49,6 @@ def test_rounded_rows_are_what_the_reference_rounds_to(dtype, measured):
     normed, total = REFERENCE.add_rms_norm(x, residual, weight, 1e-5)
     found, added = norm.rounded_add_rms_norm(x, residual, weight, 1e-5, inputs)
     assert torch.equal(added, total)
-    alone = norm.rounded_rms_norm(total, weight, 1e-5, inputs)
-    assert torch.equal(alone.codes, found.codes)
-    assert torch.equal(alone.scales, found.scales)
     assert found.codes.abs().max() <= 127
     largest = normed.float().abs().amax(-1) / 127
     torch.testing.assert_close(
@@ -83,5 +80,5 @@ def test_a_weight_that_takes_codes_gets_them_from_the_norm(measured):
 def test_a_row_that_is_not_finite_has_no_scale(bad):
     x = random(4, 64)
     x[1, 3] = bad
-    found = norm.rounded_rms_norm(x, random(64), 1e-5, InputCodes())
+    found, _ = norm.rounded_add_rms_norm(x, torch.zeros_like(x), random(64), 1e-5, InputCodes())
     assert found.scales.isnan().tolist() == [False, True, False, False]

@@ -6,6 +6,8 @@ does to values is undone on the sum of the parts.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import triton
 from torch import Tensor
@@ -13,15 +15,16 @@ from torch import Tensor
 from kvant.formats.kv import SINK_SPAN, KVLayer
 from kvant.formats.kv_stats import CENTRE_TILE
 from kvant.kernels.ops import AttentionBatch, AttentionShape
-from kvant.kernels.triton.attention_group import attend_group
-from kvant.kernels.triton.attention_one import attend_one
 from kvant.kernels.triton.attention_parts import LOG2E, merge
-from kvant.kernels.triton.kv_layout import centre_arguments, dot_types, layer_key, side_arguments, side_of
-from kvant.kernels.triton.launch import Config
+from kvant.kernels.triton.attention_tiles import attend_tiles
+from kvant.kernels.triton.kv_layout import Side, centre_arguments, dot_types, layer_key, side_arguments, side_of
+from kvant.kernels.triton.launch import Config, interpreted
 
-ROWS = 16  # query heads that a program takes, and what tensor cores take at least
+MOST_MEMBERS = 16  # query heads that a program takes
+ROWS, COLUMNS = 16, 8  # that a product has at least
 MULTIPROCESSORS = 132  # of an H100; an A100 has 108
 MOST_SPLITS = 64
+MOST_REGISTERS = 255  # of a thread
 # What `merge` takes of a cache's sides.
 _MERGED = ("k_codes", "v_codes", "v_balance", "K_KIND", "V_KIND", "V_HADAMARD", "K_CODE_STRIDE", "V_CODE_STRIDE")
 
@@ -37,30 +40,46 @@ def attention_decode(
     """Attention of the sequences that have one new token, as `Ops.attention`, into their rows of `out`, contiguous."""
     config = config or default(q, cache, batch, shape)
     keys, values = side_of(cache, "key"), side_of(cache, "value")
+    _check_groups(shape.head_dim, keys, values)
     q = q if q.stride(2) == 1 and q.stride(1) == shape.head_dim else q.contiguous()
     sequences, splits = len(batch.context_lens), config.blocks["SPLITS"]
-    sums = torch.empty(sequences, shape.num_heads, splits, shape.head_dim, dtype=torch.float32, device=q.device)
-    tops = torch.empty(sequences, shape.num_heads, splits, 2, dtype=torch.float32, device=q.device)
+    sums = tops = None
+    if splits > 1:
+        sums = torch.empty(sequences, shape.num_heads, splits, shape.head_dim, dtype=torch.float32, device=q.device)
+        tops = torch.empty(sequences, shape.num_heads, splits, 2, dtype=torch.float32, device=q.device)
     softcap = shape.softcap or 0.0
     common = {
-        "q": q, "sums": sums, "tops": tops, "starts": batch.starts, "lengths": batch.lengths,
+        "q": q, "out": out, "sums": sums, "tops": tops, "starts": batch.starts, "lengths": batch.lengths,
         "tables": batch.block_tables, "scale": shape.scale if softcap else shape.scale * LOG2E,
         "q_stride": q.stride(0), "table_stride": batch.block_tables.stride(0), "SINKS": cache.format.sinks,
-        "BLOCK_SIZE": cache.block_size, "HEADS": shape.num_heads, "KV_HEADS": shape.num_kv_heads,
-        "DIM": shape.head_dim, "WINDOW": shape.window or 0, "SOFTCAP": softcap, "SPLITS": splits,
-        "TILE": config.blocks["TILE"],
+        "SPAN": SINK_SPAN, "LEAD": cache.lead, "BLOCK_SIZE": cache.block_size, "HEADS": shape.num_heads,
+        "KV_HEADS": shape.num_kv_heads, "DIM": shape.head_dim, "WINDOW": shape.window or 0, "SOFTCAP": softcap,
+        "SPLITS": splits, "TILE": config.blocks["TILE"],
     }  # fmt: skip
     sides = side_arguments(keys, "k") | side_arguments(values, "v")
-    launch = {**common, **sides, **centre_arguments(keys), "LEAD": cache.lead, "CENTRE_TILE": CENTRE_TILE}
+    launch = {**common, **sides, **centre_arguments(keys), "CENTRE_TILE": CENTRE_TILE}
     launch |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if config.blocks["DOT"]:
-        k_type, v_type = dot_types(q.dtype, keys, values)
-        pieces = shape.num_kv_heads * triton.cdiv(shape.num_heads // shape.num_kv_heads, ROWS)
-        attend_group[(sequences, pieces, splits)](**launch, K_TYPE=k_type, V_TYPE=v_type, ROWS=ROWS)
-    else:
-        attend_one[(sequences, shape.num_heads, splits)](**launch, EXACT=q.dtype == torch.float32)
-    merged = {name: sides[name] for name in _MERGED}
-    merge[(sequences, shape.num_heads)](**common, **merged, out=out, SPAN=SINK_SPAN, num_warps=2)
+    launch |= {"maxnreg": config.blocks.get("REGISTERS", MOST_REGISTERS)}
+    k_type, v_type = dot_types(q.dtype, keys, values)
+    group = shape.num_heads // shape.num_kv_heads
+    members = min(triton.next_power_of_2(group), MOST_MEMBERS)
+    attend_tiles[(sequences, shape.num_kv_heads * triton.cdiv(group, members), splits)](
+        **launch, K_TYPE=k_type, V_TYPE=v_type, MEMBERS=members, ROWS=max(members, COLUMNS // 2), COLUMNS=COLUMNS,
+        ASSEMBLY=q.dtype != torch.float32 and not interpreted(),
+    )  # fmt: skip
+    if splits > 1:
+        merged = {name: sides[name] for name in _MERGED}
+        merge[(sequences, shape.num_heads)](**common, **merged, num_warps=2)
+
+
+def _check_groups(head_dim: int, *sides: Side) -> None:
+    """Four codes are read at once, and are of one group."""
+    for side in sides:
+        if side.groups > 1 and head_dim % (4 * side.groups):
+            raise NotImplementedError(
+                f"vectors of {head_dim} elements in {side.groups} groups have no kernel on a GPU; take a format "
+                "whose groups have a multiple of 4 elements, such as int8"
+            )
 
 
 def key(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> str:
@@ -73,44 +92,37 @@ def key(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape)
 
 def default(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Config:
     """A good guess for data-center GPUs of compute capability 8.0 and 9.0."""
-    return _config(cache, batch, shape, _dot_pays(cache, shape), 4, 4, 1)
+    # Stages: what says where a tile lies comes two before the tile, and a tile two before its products.
+    return _config(cache, batch, shape, min(_most_warps(cache), 2), 8, 5, 168)
 
 
 def candidates(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> list[Config]:
     """What may be the fastest."""
-    both = (True, False) if _can_do_without_dot(cache, shape) and shape.num_heads == shape.num_kv_heads else (True,)
+    warps = [count for count in (1, 2, 4) if count <= _most_warps(cache)]
     found = [
-        _config(cache, batch, shape, dot, warps, waves, size)
-        for dot in both
-        for warps in (2, 4, 8)
-        for waves in (2, 4, 8)
-        for size in (1, 2)
+        _config(cache, batch, shape, *sizes) for sizes in product(warps, (4, 8, 16), (2, 5), (168, MOST_REGISTERS))
     ]
     return [config for at, config in enumerate(found) if config not in found[:at]]
 
 
 def _config(
-    cache: KVLayer, batch: AttentionBatch, shape: AttentionShape, dot: bool, warps: int, waves: int, size: int
+    cache: KVLayer, batch: AttentionBatch, shape: AttentionShape, warps: int, each: int, stages: int, registers: int
 ) -> Config:
-    """Tiles of so many vectors that a thread has few elements, and parts for some programs a multiprocessor."""
-    code_bytes = side_of(cache, "key").codes.element_size()
-    elements = 32 * warps * (64 if code_bytes == 1 else 32) * size
-    tile = min(max(elements // triton.next_power_of_2(shape.head_dim), 16), CENTRE_TILE)
+    """Parts for at least so many programs on each multiprocessor, that have room there with so many registers."""
+    tile = CENTRE_TILE if shape.head_dim <= 128 else CENTRE_TILE // 2
     group = shape.num_heads // shape.num_kv_heads
-    programs = len(batch.context_lens) * shape.num_kv_heads * (triton.cdiv(group, ROWS) if dot else group)
-    splits = triton.next_power_of_2(max(1, waves * MULTIPROCESSORS // programs))
+    programs = len(batch.context_lens) * shape.num_kv_heads * triton.cdiv(group, MOST_MEMBERS)
+    splits = triton.next_power_of_2(max(1, each * MULTIPROCESSORS // programs))
     most = triton.next_power_of_2(triton.cdiv(_context(batch, shape), tile))
-    return Config({"TILE": tile, "SPLITS": min(splits, most, MOST_SPLITS), "DOT": int(dot)}, warps, 2)
+    blocks = {"TILE": tile, "SPLITS": min(splits, most, MOST_SPLITS), "REGISTERS": registers}
+    return Config(blocks, warps, stages)
 
 
-def _dot_pays(cache: KVLayer, shape: AttentionShape) -> bool:
-    return shape.num_heads > shape.num_kv_heads or not _can_do_without_dot(cache, shape)
-
-
-def _can_do_without_dot(cache: KVLayer, shape: AttentionShape) -> bool:
-    """Without tensor cores, groups of a vector must be a power of two of elements, as the vector is."""
-    groups = max(side_of(cache, side).groups for side in ("key", "value"))
-    return groups == 1 or shape.head_dim == triton.next_power_of_2(shape.head_dim)
+def _most_warps(cache: KVLayer) -> int:
+    """More would have no rows of their own in the values' product: a row is a word of a value's codes."""
+    side = side_of(cache, "value")
+    words = int(side.codes.shape[-1]) // (1 if side.kind == "float" else 2)
+    return int(max(1, min(4, triton.next_power_of_2(words) // ROWS)))
 
 
 def _context(batch: AttentionBatch, shape: AttentionShape) -> int:

@@ -23,22 +23,62 @@ def decoded_length(starts, lengths, sequence):
 
 
 @triton.jit
-def part_of(length, split, WINDOW: tl.constexpr, SINKS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr):
-    """The tokens [low, end) that one split attends to, and the tile that low lies in; none where low >= end."""
-    oldest = tl.maximum(length - WINDOW, SINKS) if WINDOW > 0 else tl.minimum(length, SINKS)
+def part_of(
+    length, split, WINDOW: tl.constexpr, SINKS: tl.constexpr, LEAD: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The slots [low, end) of a sequence that one split attends to, and the beginning of the tile that low lies in.
+
+    Where low >= end there are none. Token t is in slot t + LEAD.
+    """
+    oldest = LEAD + (tl.maximum(length - WINDOW, SINKS) if WINDOW > 0 else tl.minimum(length, SINKS))
     tile = oldest // TILE
-    share = tl.cdiv(tl.cdiv(length, TILE) - tile, SPLITS)
+    share = tl.cdiv(tl.cdiv(length + LEAD, TILE) - tile, SPLITS)
     start = (tile + split * share) * TILE
-    return tl.maximum(oldest, start), tl.minimum(length, start + share * TILE), start
+    return tl.maximum(oldest, start), tl.minimum(length + LEAD, start + share * TILE), start
+
+
+@triton.jit
+def completed(
+    mixed, top, total, query, held, table, length, head, scale, k_codes, v_codes, v_balance,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, V_HADAMARD: tl.constexpr, SINKS: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, K_CODE_STRIDE: tl.constexpr, V_CODE_STRIDE: tl.constexpr, DIM: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Outputs [ROWS, SIZE] of query heads, from sums of values as they are stored, top scores [ROWS], and totals.
+
+    query are pointers to the heads' rows, [ROWS, 1], and `held` says which there are. Sinks are attended to.
+    """
+    column = tl.arange(0, mixed.shape[1])[None, :]
+    inside = column < DIM
+    mixed = hadamard(mixed, mixed.shape[0], mixed.shape[1], V_HADAMARD) * V_HADAMARD**-0.5
+    if v_balance is not None:
+        mixed /= tl.load(v_balance + head * DIM + column, inside, 1.0)
+    if SINKS > 0:
+        which = tl.arange(0, triton.next_power_of_2(SINKS))
+        seen = (which < tl.minimum(SINKS, length)) & ((WINDOW == 0) | (which >= length - WINDOW))
+        block = tl.load(table)
+        k_rows = sink_rows(k_codes + block * K_CODE_STRIDE, head, which, K_KIND, DIM, BLOCK_SIZE, SPAN)
+        v_rows = sink_rows(v_codes + block * V_CODE_STRIDE, head, which, V_KIND, DIM, BLOCK_SIZE, SPAN)
+        raw = tl.load(query + column, held & inside, 0).to(tl.float32) * scale
+        sink_keys = tl.load(k_rows[:, None] + column, seen[:, None] & inside, 0).to(tl.float32)
+        sink_values = tl.load(v_rows[:, None] + column, seen[:, None] & inside, 0).to(tl.float32)
+        scores = capped(tl.sum(sink_keys[None, :, :] * raw[:, None, :], 2), SOFTCAP)
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        highest = tl.maximum(top, tl.max(scores, 1))
+        kept, weights = tl.exp2(top - highest), tl.exp2(scores - highest[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        mixed = mixed * kept[:, None] + tl.sum(weights[:, :, None] * sink_values[None, :, :], 1)
+    return mixed / total[:, None]
 
 
 @triton.jit(do_not_specialize=["table_stride"])
 def merge(
     q, out, sums, tops, starts, lengths, tables, scale, q_stride, table_stride, k_codes, v_codes, v_balance,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, V_HADAMARD: tl.constexpr, SINKS: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, K_CODE_STRIDE: tl.constexpr, V_CODE_STRIDE: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    LEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, K_CODE_STRIDE: tl.constexpr, V_CODE_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The parts of a query head's context, and its sinks, put together: its output."""
     sequence, head = tl.program_id(0), tl.program_id(1)
@@ -49,35 +89,22 @@ def merge(
     PADDED: tl.constexpr = triton.next_power_of_2(DIM)
     PARTS: tl.constexpr = triton.next_power_of_2(SPLITS)
     part, column = tl.arange(0, PARTS), tl.arange(0, PADDED)
-    low, end, _ = part_of(length, part, WINDOW, SINKS, TILE, SPLITS)
+    low, end, _ = part_of(length, part, WINDOW, SINKS, LEAD, TILE, SPLITS)
     there, inside = (low < end) & (part < SPLITS), column < DIM
     rows = (sequence * HEADS + head) * SPLITS + part
     part_tops = tl.load(tops + rows * 2, there, -float("inf"))
     top = tl.max(part_tops, 0)
-    query = q + tl.load(starts + sequence).to(tl.int64) * q_stride + head * DIM
-    if SINKS > 0:
-        which = tl.arange(0, triton.next_power_of_2(SINKS))
-        seen = (which < tl.minimum(SINKS, length)) & ((WINDOW == 0) | (which >= length - WINDOW))
-        block = tl.load(tables + sequence * table_stride)
-        mask = seen[:, None] & inside[None, :]
-        k_rows = sink_rows(k_codes + block * K_CODE_STRIDE, kv_head, which, K_KIND, DIM, BLOCK_SIZE, SPAN)
-        v_rows = sink_rows(v_codes + block * V_CODE_STRIDE, kv_head, which, V_KIND, DIM, BLOCK_SIZE, SPAN)
-        raw = tl.load(query + column, inside, 0).to(tl.float32) * scale
-        sink_keys = tl.load(k_rows[:, None] + column[None, :], mask, 0).to(tl.float32)
-        sink_values = tl.load(v_rows[:, None] + column[None, :], mask, 0).to(tl.float32)
-        scores = capped(tl.sum(sink_keys * raw[None, :], 1), SOFTCAP)
-        scores = tl.where(seen, scores, -float("inf"))
-        top = tl.maximum(top, tl.max(scores, 0))
     weights = tl.where(there, tl.exp2(part_tops - top), 0.0)
     total = tl.sum(tl.load(tops + rows * 2 + 1, there, 0) * weights, 0)
     parts = tl.load(sums + rows.to(tl.int64)[:, None] * DIM + column[None, :], there[:, None] & inside[None, :], 0)
     mixed = tl.sum(parts * weights[:, None], 0)
-    mixed = tl.reshape(hadamard(mixed[None, :], 1, PADDED, V_HADAMARD), [PADDED]) * V_HADAMARD**-0.5
-    if v_balance is not None:
-        mixed /= tl.load(v_balance + kv_head * DIM + column, inside, 1.0)
-    if SINKS > 0:
-        sink_weights = tl.where(seen, tl.exp2(scores - top), 0.0)
-        total += tl.sum(sink_weights, 0)
-        mixed += tl.sum(sink_values * sink_weights[:, None], 0)
     token = tl.load(starts + sequence).to(tl.int64)
-    tl.store(out + (token * HEADS + head) * DIM + column, (mixed / total).to(out.dtype.element_ty), inside)
+    one = tl.full([1], 1, tl.int1)
+    found = completed(
+        mixed[None, :], top + tl.zeros([1], tl.float32), total + tl.zeros([1], tl.float32),
+        q + token * q_stride + head * DIM + tl.zeros([1, 1], tl.int32), one[:, None], tables + sequence * table_stride,
+        length, kv_head, scale, k_codes, v_codes, v_balance,
+        K_KIND, V_KIND, V_HADAMARD, SINKS, SPAN, BLOCK_SIZE, K_CODE_STRIDE, V_CODE_STRIDE, DIM, WINDOW, SOFTCAP,
+    )  # fmt: skip
+    to = out + (token * HEADS + head) * DIM + column[None, :]
+    tl.store(to, found.to(out.dtype.element_ty), inside[None, :])

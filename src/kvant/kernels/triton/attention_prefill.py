@@ -97,17 +97,22 @@ def _part_of(x, low, TYPE: tl.constexpr):
 def _folded(
     even, odd, keys, high_keys, values, high_values, tokens, there, position, top, total, low_sum, high_sum,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, V_TYPE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Tokens, those that are `there`, added to the softmax so far of rows at `position`."""
+    """Tokens added to the softmax so far of rows at `position`: if MASKED, those that are `there` and that rows see."""
     scores = tl.dot(even, tl.trans(keys), input_precision="ieee")
     if K_KIND == "u4":
         scores = tl.dot(odd, tl.trans(high_keys), scores, input_precision="ieee")
-    seen = (tokens[None, :] <= position[:, None]) & there[None, :]
-    if WINDOW > 0:
-        seen &= tokens[None, :] > position[:, None] - WINDOW
-    scores = tl.where(seen, capped(scores, SOFTCAP), -float("inf"))
+    scores = capped(scores, SOFTCAP)
+    if MASKED:
+        seen = (tokens[None, :] <= position[:, None]) & there[None, :]
+        if WINDOW > 0:
+            seen &= tokens[None, :] > position[:, None] - WINDOW
+        scores = tl.where(seen, scores, -float("inf"))
     next_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(next_top == -float("inf"), 0.0, next_top)  # rows that have seen nothing yet
+    base = next_top
+    if MASKED:
+        base = tl.where(next_top == -float("inf"), 0.0, next_top)  # rows that have seen nothing yet
     kept, weights = tl.exp2(top - base), tl.exp2(scores - base[:, None])
     total = total * kept + tl.sum(weights, 1)
     weights = weights.to(V_TYPE)
@@ -115,6 +120,46 @@ def _folded(
     if V_KIND == "u4":
         high_sum = tl.dot(weights, high_values, high_sum * kept[:, None], input_precision="ieee")
     return next_top, total, low_sum, high_sum
+
+
+@triton.jit
+def _met(
+    even, odd, first, low, end, position, top, total, low_sum, high_sum, head, table,
+    k_codes, k_meta, k_scale, v_codes, v_meta, turned, basis,
+    K_KIND: tl.constexpr, K_STEPS: tl.constexpr, K_GROUPS: tl.constexpr, K_CODE_STRIDE: tl.constexpr,
+    K_META_STRIDE: tl.constexpr, K_TYPE: tl.constexpr,
+    V_KIND: tl.constexpr, V_STEPS: tl.constexpr, V_GROUPS: tl.constexpr, V_CODE_STRIDE: tl.constexpr,
+    V_META_STRIDE: tl.constexpr, V_TYPE: tl.constexpr,
+    ORDER: tl.constexpr, LEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CENTRE_TILE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The tile from token `first` on, of which tokens from low to end are there, added to the softmax so far."""
+    K_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(width_of(K_KIND, DIM)))
+    V_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(width_of(V_KIND, DIM)))
+    tokens = first + tl.arange(0, TILE)
+    nearest = tokens
+    if MASKED:
+        # Tokens outside are taken for the nearest inside, whose vectors are there.
+        nearest = tl.minimum(tl.maximum(tokens, low), end - 1)
+    blocks, slots = places(table, first, nearest, head, LEAD, BLOCK_SIZE, TILE)
+    keys, high_keys = vectors(
+        k_codes, k_meta, None, head, blocks, slots, K_KIND, K_STEPS, K_GROUPS, K_CODE_STRIDE, K_META_STRIDE,
+        DIM, K_WIDTH, K_TYPE, ORDER == 0,
+    )  # fmt: skip
+    values, high_values = vectors(
+        v_codes, v_meta, None, head, blocks, slots, V_KIND, V_STEPS, V_GROUPS, V_CODE_STRIDE, V_META_STRIDE,
+        DIM, V_WIDTH, V_TYPE, True,
+    )  # fmt: skip
+    if ORDER > 0:
+        step, shift = tile_steps(k_meta, k_scale, head, blocks, slots, K_STEPS, K_GROUPS, K_META_STRIDE)
+        keys, high_keys = _centred(
+            keys, high_keys, step, shift, turned + (first // CENTRE_TILE * KV_HEADS + head) * ORDER * DIM,
+            basis, first % CENTRE_TILE, K_KIND, ORDER, DIM, K_WIDTH, CENTRE_TILE, TILE,
+        )  # fmt: skip
+    return _folded(
+        even, odd, keys, high_keys, values, high_values, tokens, tokens == nearest, position, top, total, low_sum,
+        high_sum, K_KIND, V_KIND, V_TYPE, WINDOW, SOFTCAP, MASKED,
+    )  # fmt: skip
 
 
 # Numbers that change from step to step are no reason to compile again.
@@ -170,31 +215,29 @@ def _attend_rows(
         which = tl.arange(0, SINK_ROWS)
         top, total, low_sum, high_sum = _folded(
             even, odd, low_keys, high_keys, low_values, high_values, which, which < SINKS, position, top, total,
-            low_sum, high_sum, K_KIND, V_KIND, V_TYPE, WINDOW, SOFTCAP,
+            low_sum, high_sum, K_KIND, V_KIND, V_TYPE, WINDOW, SOFTCAP, True,
         )  # fmt: skip
     begin = tl.where(low < end, low // TILE * TILE, end)
-    for first in range(begin, end, TILE):
-        tokens = first + tl.arange(0, TILE)
-        # Tokens outside are taken for the nearest inside, whose vectors are there.
-        nearest = tl.minimum(tl.maximum(tokens, low), end - 1)
-        blocks, slots = places(table, first, nearest, head, LEAD, BLOCK_SIZE, TILE)
-        tile_keys, tile_high_keys = vectors(
-            k_codes, k_meta, None, head, blocks, slots, K_KIND, K_STEPS, K_GROUPS, K_CODE_STRIDE, K_META_STRIDE,
-            DIM, K_WIDTH, K_TYPE, ORDER == 0,
+    # Tiles that every row sees all of come first, then those before and behind them.
+    clean = low
+    if WINDOW > 0:
+        clean = tl.maximum(earliest + TOKENS - WINDOW, low)
+    clean_end = tl.maximum((earliest + 1) // TILE * TILE, begin)
+    clean = tl.minimum(tl.cdiv(clean, TILE) * TILE, clean_end)
+    for first in range(clean, clean_end, TILE):
+        top, total, low_sum, high_sum = _met(
+            even, odd, first, low, end, position, top, total, low_sum, high_sum, head, table, k_codes, k_meta, k_scale,
+            v_codes, v_meta, turned, basis, K_KIND, K_STEPS, K_GROUPS, K_CODE_STRIDE, K_META_STRIDE, K_TYPE, V_KIND,
+            V_STEPS, V_GROUPS, V_CODE_STRIDE, V_META_STRIDE, V_TYPE, ORDER, LEAD, BLOCK_SIZE, KV_HEADS, DIM, WINDOW,
+            SOFTCAP, CENTRE_TILE, TILE, False,
         )  # fmt: skip
-        tile_values, tile_high_values = vectors(
-            v_codes, v_meta, None, head, blocks, slots, V_KIND, V_STEPS, V_GROUPS, V_CODE_STRIDE, V_META_STRIDE,
-            DIM, V_WIDTH, V_TYPE, True,
-        )  # fmt: skip
-        if ORDER > 0:
-            step, shift = tile_steps(k_meta, k_scale, head, blocks, slots, K_STEPS, K_GROUPS, K_META_STRIDE)
-            tile_keys, tile_high_keys = _centred(
-                tile_keys, tile_high_keys, step, shift, turned + (first // CENTRE_TILE * KV_HEADS + head) * ORDER * DIM,
-                basis, first % CENTRE_TILE, K_KIND, ORDER, DIM, K_WIDTH, CENTRE_TILE, TILE,
-            )  # fmt: skip
-        top, total, low_sum, high_sum = _folded(
-            even, odd, tile_keys, tile_high_keys, tile_values, tile_high_values, tokens, tokens == nearest, position,
-            top, total, low_sum, high_sum, K_KIND, V_KIND, V_TYPE, WINDOW, SOFTCAP,
+    for at in range(begin, end - (clean_end - clean), TILE):
+        first = tl.where(at < clean, at, at + (clean_end - clean))
+        top, total, low_sum, high_sum = _met(
+            even, odd, first, low, end, position, top, total, low_sum, high_sum, head, table, k_codes, k_meta, k_scale,
+            v_codes, v_meta, turned, basis, K_KIND, K_STEPS, K_GROUPS, K_CODE_STRIDE, K_META_STRIDE, K_TYPE, V_KIND,
+            V_STEPS, V_GROUPS, V_CODE_STRIDE, V_META_STRIDE, V_TYPE, ORDER, LEAD, BLOCK_SIZE, KV_HEADS, DIM, WINDOW,
+            SOFTCAP, CENTRE_TILE, TILE, True,
         )  # fmt: skip
     factor = 1 / total
     if V_STEPS == "static":
@@ -292,9 +335,11 @@ def default(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionSh
     """A good guess for data-center GPUs of compute capability 8.0 and 9.0."""
     rows = _longest(batch) * shape.num_heads // shape.num_kv_heads
     wide = triton.next_power_of_2(shape.head_dim) > 128 or q.dtype == torch.float32
-    # Where operands lie in registers too, there are not enough of them for 128 rows, or for 64 with 4 warps.
+    # Where operands lie in registers too, there are not enough of them for 128 rows, or for 64 with 4 warps; nor for 64
+    # wide ones.
     roomy = _has_warp_groups()
-    size = min(max(triton.next_power_of_2(rows), 16), 128 if roomy and not wide else 64)
+    most = 128 if roomy and not wide else 64 if roomy or not wide else 32
+    size = min(max(triton.next_power_of_2(rows), 16), most)
     return Config({"ROWS": size, "TILE": 32 if wide else 64}, 8 if size == 128 or wide or not roomy else 4, 2)
 
 

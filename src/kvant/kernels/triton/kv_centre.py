@@ -19,7 +19,8 @@ def centre_terms(
     q are pointers to rows of DIM elements, [ROWS, 1, 1]; `held` says which there are. Returns two
     [ROWS, terms, pairs] and one [ROWS, terms], float32.
     """
-    TERMS: tl.constexpr = triton.next_power_of_2(ORDER)
+    TERMS: tl.constexpr = 4
+    tl.static_assert(ORDER <= TERMS)
     PAIRS: tl.constexpr = triton.next_power_of_2(max(TURNING, 1))
     term, pair = tl.arange(0, TERMS)[None, :, None], tl.arange(0, PAIRS)[None, None, :]
     column = tl.arange(0, triton.next_power_of_2(DIM))[None, None, :]
@@ -60,15 +61,31 @@ def turned_by(position, speeds):
 
 
 @triton.jit
-def centre_scores(
-    with_cos, with_sin, with_none, speeds, basis, start,
-    ORDER: tl.constexpr, CENTRE_TILE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """What `centre_terms` add to the scores of the tokens from `start` on, [ROWS, TILE]."""
-    tl.static_assert(CENTRE_TILE % TILE == 0)
-    TERMS: tl.constexpr = triton.next_power_of_2(ORDER)
-    cos, sin = turned_by(start // CENTRE_TILE * CENTRE_TILE + (CENTRE_TILE - 1) / 2, speeds)
-    weights = tl.sum(with_cos * cos[None, None, :] + with_sin * sin[None, None, :], 2) + with_none
-    term, token = tl.arange(0, TERMS)[:, None], (start % CENTRE_TILE + tl.arange(0, TILE))[None, :]
-    curves = tl.load(basis + token * ORDER + term, (term < ORDER) & (token >= 0), 0)
-    return tl.sum(weights[:, :, None] * curves[None, :, :], 1)
+def tile_terms(with_cos, with_sin, with_none, speeds, tile, CENTRE_TILE: tl.constexpr):
+    """What `centre_terms` make of a tile of the centre's: factors [ROWS, terms] of the `curve`s."""
+    cos, sin = turned_by(tile * CENTRE_TILE + (CENTRE_TILE - 1) / 2, speeds)
+    return tl.sum(with_cos * cos[None, None, :] + with_sin * sin[None, None, :], 2) + with_none
+
+
+@triton.jit
+def by_row(terms, ROWS: tl.constexpr):
+    """The `tile_terms` [FEW, 4] of as many heads again and again: four [1, ROWS]."""
+    FEW: tl.constexpr = terms.shape[0]
+    even, odd = tl.split(tl.reshape(terms, [FEW, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return _again(first, ROWS), _again(second, ROWS), _again(third, ROWS), _again(fourth, ROWS)
+
+
+@triton.jit
+def _again(x, ROWS: tl.constexpr):
+    FEW: tl.constexpr = x.shape[0]
+    return tl.reshape(tl.broadcast_to(x[None, :], [ROWS // FEW, FEW]), [1, ROWS])
+
+
+@triton.jit
+def curves(basis, offsets, ORDER: tl.constexpr):
+    """The four polynomials at offsets within a tile, zeros behind the last."""
+    at, there = basis + offsets * ORDER, offsets >= 0
+    first, second = tl.load(at), tl.load(at + 1, there & (ORDER > 1), 0)
+    return first, second, tl.load(at + 2, there & (ORDER > 2), 0), tl.load(at + 3, there & (ORDER > 3), 0)

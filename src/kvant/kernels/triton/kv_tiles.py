@@ -69,20 +69,23 @@ def words_of(STEPS, GROUPS):
 
 
 @triton.jit
-def steps_at(meta, scale, head, at, STEPS: tl.constexpr):
-    """Scale and shift, float32, from the words at offsets `at` (any shape): x = code * scale - shift."""
-    step, shift = tl.zeros(at.shape, tl.float32) + 1.0, tl.zeros(at.shape, tl.float32)
+def steps_at(words, kept, STEPS: tl.constexpr):
+    """Scale and shift, float32, from the words at pointers (any shape): x = code * scale - shift.
+
+    Zeros where not `kept`; None keeps all.
+    """
+    other = None if kept is None else 0
+    shift = tl.zeros(words.shape, tl.float32)
     if STEPS == "affine":
-        both = tl.load((meta + at).to(tl.pointer_type(tl.int32)))
+        both = tl.load(words.to(tl.pointer_type(tl.int32)), kept, other)
         step, shift = half_of(both), -half_of(both >> 16)
     elif STEPS == "words":
-        word = tl.load(meta + at).to(tl.int32)
+        word = tl.load(words, kept, other).to(tl.int32)
         step = half_of((word & 0xFFC0) >> 1)
         shift = step * (3.5 + (word & 63).to(tl.float32) * 0.125)
-    elif STEPS == "scale":
-        step = half_of(tl.load(meta + at).to(tl.int32))
-    elif STEPS == "static":
-        step = step * tl.load(scale + head)
+    else:
+        tl.static_assert(STEPS == "scale")
+        step = half_of(tl.load(words, kept, other).to(tl.int32))
     return step, shift
 
 
@@ -164,10 +167,10 @@ def vectors(
         odd = even
     if (STEPPED or GROUPS > 1) and STEPS != "none" and STEPS != "static":
         first = blocks * META_STRIDE + slots * words_of(STEPS, GROUPS)
-        step, shift = steps_at(meta, scale, head, first, STEPS)
+        step, shift = steps_at(meta + first, None, STEPS)
         steps, shifts = step.to(TYPE)[:, None], shift.to(TYPE)[:, None]
         for group in tl.static_range(1, GROUPS):
-            step, shift = steps_at(meta, scale, head, first + group, STEPS)
+            step, shift = steps_at(meta + first + group, None, STEPS)
             here = column // (STORED // GROUPS) == group
             steps = tl.where(here, step.to(TYPE)[:, None], steps)
             shifts = tl.where(here, shift.to(TYPE)[:, None], shifts)
@@ -182,9 +185,11 @@ def tile_steps(
 ):  # fmt: skip
     """Scale and shift, [TILE] float32, of a tile's vectors that `vectors` has not STEPPED."""
     step, shift = tl.full(blocks.shape, 1.0, tl.float32), tl.zeros(blocks.shape, tl.float32)
-    if GROUPS == 1:
+    if STEPS == "static":
+        step = step * tl.load(scale + head)
+    elif GROUPS == 1 and STEPS != "none":
         at = blocks * META_STRIDE + slots * words_of(STEPS, GROUPS)
-        step, shift = steps_at(meta, scale, head, at, STEPS)
+        step, shift = steps_at(meta + at, None, STEPS)
     return step, shift
 
 

@@ -45,17 +45,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return out, total
 
 
-def rounded_rms_norm(x: Tensor, weight: Tensor, eps: float, inputs: InputCodes) -> Rounded:
-    """rms_norm of x [T, K] as a linear layer with such inputs takes it: what `reference.rounded_inputs` rounds to."""
-    rounded = _rounded_like(x)
-    _launch(x, None, weight, eps, rounded.codes, None, rounded.scales, inputs.scale)
-    return rounded
-
-
 def rounded_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, inputs: InputCodes
 ) -> tuple[Rounded, Tensor]:
-    """add_rms_norm of x and residual [T, K], its first result as `rounded_rms_norm`."""
+    """add_rms_norm of x and residual [T, K], its first result as a linear layer with such inputs takes it.
+
+    That is what `reference.rounded_inputs` rounds to.
+    """
     rounded, total = _rounded_like(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, residual, weight, eps, rounded.codes, total, rounded.scales, inputs.scale)
     return rounded, total
