@@ -113,17 +113,24 @@ inline void store_rows(F8 y, const Linear& linear, int row, float* out) {
   }
 }
 
-// M tokens from `token` on times NB row blocks from `block` on.
+// Row blocks that are worked on together: the first, and how far apart they lie. Far apart they are as many streams of
+// memory, each read on from one tile to the next, which is what a CPU's prefetchers are good at.
+struct Blocks {
+  int first, stride;
+  int operator[](int b) const { return first + b * stride; }
+};
+
+// M tokens from `token` on times NB row blocks.
 template <int M, int NB, int Bits, bool Biased, int Parts>
-void quantized_tile(const Linear& linear, const Input& in, int token, int block, float* out) {
+void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blocks, float* out) {
   const Weight& w = linear.weight;
   const int groups = in.padded / kGroup, spans = num_spans(w, in.padded);
   const int shift = Parts == 2 ? -1 : __builtin_ctz(w.group / kGroup);
   const uint8_t* codes[NB];
   int64_t starts[NB];
   for (int b = 0; b < NB; ++b) {
-    codes[b] = static_cast<const uint8_t*>(w.codes) + static_cast<int64_t>(block + b) * groups * 32 * Bits;
-    starts[b] = static_cast<int64_t>(block + b) * spans * kRowBlock;
+    codes[b] = static_cast<const uint8_t*>(w.codes) + static_cast<int64_t>(blocks[b]) * groups * 32 * Bits;
+    starts[b] = static_cast<int64_t>(blocks[b]) * spans * kRowBlock;
   }
   QuantizedRow rows[M];
   const int8_t* x[M];
@@ -148,7 +155,7 @@ void quantized_tile(const Linear& linear, const Input& in, int token, int block,
   }
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)
-      store_rows(acc[m][b], linear, (block + b) * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
+      store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
 }
 
 // Row blocks' codes as one nibble a byte, for tokens enough to pay for it: [group][nibble][8 steps of 4 columns][NB][32].
@@ -175,14 +182,13 @@ struct Panel {
 };
 
 template <int M, int NB, bool Biased, int Planes, int Parts>
-void panel_tile(const Linear& linear, const Input& in, const Panel& panel, int token, int block, float* out) {
+void panel_tile(const Linear& linear, const Input& in, const Panel& panel, int token, Blocks blocks, float* out) {
   const Weight& w = linear.weight;
   const int spans = num_spans(w, in.padded);
   const int shift = Parts == 2 ? -1 : __builtin_ctz(w.group / kGroup);
   QuantizedRow rows[M];
   for (int m = 0; m < M; ++m) rows[m] = in.row(token + m);
   const int8_t* x = rows[0].codes + panel.begin * kGroup;
-  const int64_t start = static_cast<int64_t>(block) * spans * kRowBlock;
   F8 acc[M][NB] = {};
   const uint8_t* codes = panel.codes;
   for (int g = panel.begin; g < panel.end; ++g, x += kGroup) {
@@ -203,9 +209,9 @@ void panel_tile(const Linear& linear, const Input& in, const Panel& panel, int t
             total[part][m][b] = plane ? total[part][m][b] + (dots[m][b].total() << 4) : dots[m][b].total();
       }
     for (int part = 0; part < Parts; ++part) {
-      const int64_t span = start + (Parts == 2 ? 2 * g + part : g >> shift) * kRowBlock;
+      const int64_t span = (Parts == 2 ? 2 * g + part : g >> shift) * kRowBlock;
       for (int b = 0; b < NB; ++b) {
-        const int64_t at = span + static_cast<int64_t>(b) * spans * kRowBlock;
+        const int64_t at = span + static_cast<int64_t>(blocks[b]) * spans * kRowBlock;
         const F8 scale = load_half(w.scales + at), bias = Biased ? bias_of(w, at, scale) : all(0.0f);
         for (int m = 0; m < M; ++m)
           add_group<4 * Planes, Biased, Parts>(acc[m][b], total[part][m][b], scale, bias, rows[m], g, part);
@@ -214,7 +220,7 @@ void panel_tile(const Linear& linear, const Input& in, const Panel& panel, int t
   }
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b) {
-      const int row = (block + b) * kRowBlock, left = std::min(kRowBlock, w.rows - row);
+      const int row = blocks[b] * kRowBlock, left = std::min(kRowBlock, w.rows - row);
       float* y = out + static_cast<int64_t>(token + m) * w.rows + row;
       const float* base = panel.begin ? y : linear.bias ? linear.bias + row : nullptr;
       store_some(y, base ? acc[m][b] + load_some(base, left) : acc[m][b], left);
@@ -229,23 +235,23 @@ inline F8 dense_rows(const void* codes, int64_t index) {
 }
 
 template <int M, int NB, WeightKind Kind>
-void dense_tile(const Linear& linear, const Input& in, int token, int block, float* out) {
+void dense_tile(const Linear& linear, const Input& in, int token, Blocks blocks, float* out) {
   const Weight& w = linear.weight;
   const float* x[M];
   for (int m = 0; m < M; ++m) x[m] = in.x + static_cast<int64_t>(token + m) * w.columns;
   F8 acc[M][NB] = {};
   for (int64_t k = 0; k < w.columns; ++k) {
     F8 rows[NB];
-    for (int b = 0; b < NB; ++b) rows[b] = dense_rows<Kind>(w.codes, ((block + b) * int64_t{w.columns} + k) * kRowBlock);
+    for (int b = 0; b < NB; ++b) rows[b] = dense_rows<Kind>(w.codes, (blocks[b] * int64_t{w.columns} + k) * kRowBlock);
     for (int m = 0; m < M; ++m)
       for (int b = 0; b < NB; ++b) acc[m][b] += rows[b] * all(x[m][k]);
   }
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)
-      store_rows(acc[m][b], linear, (block + b) * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
+      store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
 }
 
-using Tile = void (*)(const Linear&, const Input&, int token, int block, float* out);
+using Tile = void (*)(const Linear&, const Input&, int token, Blocks blocks, float* out);
 
 template <int M, int NB>
 Tile tile_of(const Weight& w) {
@@ -275,7 +281,7 @@ Tile tile_of(const Weight& w, int tokens) {
   }
 }
 
-using PanelTile = void (*)(const Linear&, const Input&, const Panel&, int token, int block, float* out);
+using PanelTile = void (*)(const Linear&, const Input&, const Panel&, int token, Blocks blocks, float* out);
 
 template <int NB, bool Biased, int Planes, int Parts>
 PanelTile panel_tile_of(int tokens) {
@@ -299,7 +305,7 @@ PanelTile panel_tile_of(const Weight& w, int tokens) {
 
 // The tokens [first, last) times NB row blocks, by panels.
 template <int NB>
-void by_panels(const Linear& linear, const Input& in, int first, int last, int block, float* out) {
+void by_panels(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
   const Weight& w = linear.weight;
   const int planes = w.kind == kWeightU4 ? 1 : 2, groups = in.padded / kGroup, most = kPanelGroups / planes;
   const int tokens = last - first, tiles = (tokens + kTileTokens - 1) / kTileTokens;
@@ -308,36 +314,38 @@ void by_panels(const Linear& linear, const Input& in, int first, int last, int b
     const int end = std::min(groups, begin + most);
     const uint8_t* codes[NB];
     for (int b = 0; b < NB; ++b)
-      codes[b] = static_cast<const uint8_t*>(w.codes) + (static_cast<int64_t>(block + b) * groups + begin) * planes * 128;
+      codes[b] = static_cast<const uint8_t*>(w.codes) + (static_cast<int64_t>(blocks[b]) * groups + begin) * planes * 128;
     planes == 1 ? unpack_panel<NB, 1>(codes, end - begin, panel) : unpack_panel<NB, 2>(codes, end - begin, panel);
     for (int tile = 0; tile < tiles; ++tile) {
       const int from = first + tokens * tile / tiles, to = first + tokens * (tile + 1) / tiles;
-      panel_tile_of<NB>(w, to - from)(linear, in, {panel, begin, end}, from, block, out);
+      panel_tile_of<NB>(w, to - from)(linear, in, {panel, begin, end}, from, blocks, out);
     }
+  }
+}
+
+// The tokens [first, last) times NB row blocks; tiles of equal heights: 8 tokens are 4 + 4, not 6 + 2.
+template <int NB>
+void by_tiles(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
+  const int tokens = last - first, tiles = (tokens + kTileTokens - 1) / kTileTokens;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int from = first + tokens * tile / tiles, to = first + tokens * (tile + 1) / tiles;
+    tile_of<NB>(linear.weight, to - from)(linear, in, from, blocks, out);
   }
 }
 
 // The tokens [first, last) times the row blocks [begin, end); out [all tokens, rows].
 void linear_part(const Linear& linear, const Input& in, int first, int last, int begin, int end, float* out) {
-  // Tiles of equal heights: 8 tokens are 4 + 4, not 6 + 2.
-  const int tokens = last - first, tiles = (tokens + kTileTokens - 1) / kTileTokens;
-  const bool alone = tokens == 1, panels = tokens > kTileTokens && linear.weight.kind >= kWeightU4;
-  for (int block = begin; block < end;) {
-    if (panels) {
-      const bool fits = end - block >= kTileBlocks;
-      fits ? by_panels<kTileBlocks>(linear, in, first, last, block, out) : by_panels<1>(linear, in, first, last, block, out);
-      block += fits ? kTileBlocks : 1;
-      continue;
-    }
-    const int width = alone ? 4 : kTileBlocks, wide = end - block >= width;
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int from = first + tokens * tile / tiles, to = first + tokens * (tile + 1) / tiles;
-      const Tile run = !wide ? tile_of<1>(linear.weight, to - from)
-                       : alone ? tile_of<1, 4>(linear.weight)
-                               : tile_of<kTileBlocks>(linear.weight, to - from);
-      run(linear, in, from, block, out);
-    }
-    block += wide ? width : 1;
+  const bool panels = last - first > kTileTokens && linear.weight.kind >= kWeightU4, alone = last - first == 1;
+  const int width = alone ? 4 : kTileBlocks, stride = (end - begin) / width;
+  for (int i = 0; i < stride; ++i) {
+    const Blocks blocks{begin + i, stride};
+    if (alone) tile_of<1, 4>(linear.weight)(linear, in, first, blocks, out);
+    else if (panels) by_panels<kTileBlocks>(linear, in, first, last, blocks, out);
+    else by_tiles<kTileBlocks>(linear, in, first, last, blocks, out);
+  }
+  for (int block = begin + stride * width; block < end; ++block) {
+    if (panels) by_panels<1>(linear, in, first, last, {block, 1}, out);
+    else by_tiles<1>(linear, in, first, last, {block, 1}, out);
   }
 }
 
