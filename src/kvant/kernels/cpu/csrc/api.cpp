@@ -12,7 +12,7 @@ using namespace kvant;
 
 namespace {
 
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 struct Isa {
   const char* name;
@@ -167,4 +167,9 @@ KVANT_API int kvant_logits(const Kernels* k, int threads, const Model* model, co
 KVANT_API int kvant_sample(const Kernels* k, int threads, const float* logits, int64_t rows, int32_t vocab,
                            const Sampling* how, int64_t* tokens) {
   return guarded([&] { Step(*k, threads).sample(logits, rows, vocab, *how, tokens); });
+}
+
+// Work of one kind alone, for benchmarks; returns how much was done, see limits.h.
+KVANT_API int64_t kvant_limit(const Kernels* k, int32_t limit, const void* data, int64_t count) {
+  return k->reach_limit(limit, data, count);
 }

@@ -54,6 +54,7 @@ struct Kernels {
   void (*attend_split)(const AttentionWork&, int sequence, int token, int kv_head, int split);
   void (*attend_merge)(const AttentionWork&, int sequence, int token, int head);
   void (*attend_tile)(const AttentionWork&, int sequence, int first, int last, int kv_head);
+  int64_t (*reach_limit)(int32_t limit, const void* data, int64_t count);
 };
 
 constexpr int kSplitTokens = 512;  // of the context that one unit of a decode attends to
