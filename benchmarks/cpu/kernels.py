@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 import kernels_attention
+import kernels_linear
 import torch
 from kernel import Kernel, Timing, measure, measure_limits
 from machine import commit, describe_machine
@@ -18,7 +19,7 @@ from kvant.errors import ConfigError
 from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.select import select_ops
 
-PARTS = (kernels_attention,)  # modules with kernels(ops), an iterator: one kernel's data at a time
+PARTS = (kernels_linear, kernels_attention)  # modules with kernels(ops), an iterator: one kernel's data at a time
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -70,10 +70,16 @@ class Native:
 
         Raises:
             MemoryError: the call's working memory could not be had.
+            RuntimeError: a thread could not be had; the message tells what to set.
         """
         result = getattr(self.library, f"kvant_{name}")(self._kernels, self.threads, *arguments)
         if result == -1:
             raise MemoryError("the system refused the memory that one step of the model needs")
+        if result == -3:
+            raise RuntimeError(
+                f"the system refused one of {self.threads} threads for the native kernels; set num_threads lower, "
+                "or allow this process more (ulimit -u, a container's limit of pids)"
+            )
         if result < 0:
             raise RuntimeError(f"the native kernels failed in {name}")
         return bool(result)

@@ -3,8 +3,14 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <system_error>
 
 #include "decoder.h"
+
+#if defined(KVANT_BUILT_NEON) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #define KVANT_API extern "C" __attribute__((visibility("default")))
 
@@ -13,6 +19,18 @@ using namespace kvant;
 namespace {
 
 constexpr int kAbi = 3;
+
+#if defined(KVANT_BUILT_NEON)
+// Dot products and arithmetic of 16-bit floats, which came later than NEON itself.
+bool has_neon_dots() {
+#if defined(__linux__)
+  constexpr unsigned long kNeeded = HWCAP_ASIMDDP | HWCAP_ASIMDHP | HWCAP_FPHP;
+  return (getauxval(AT_HWCAP) & kNeeded) == kNeeded;
+#else
+  return true;
+#endif
+}
+#endif
 
 struct Isa {
   const char* name;
@@ -31,7 +49,7 @@ const Isa kIsas[] = {
     {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"), avx2_kernels},
 #endif
 #if defined(KVANT_BUILT_NEON)
-    {"neon", true, neon_kernels},
+    {"neon", has_neon_dots(), neon_kernels},
 #endif
     {"generic", true, generic_kernels},
 };
@@ -43,6 +61,8 @@ int guarded(Body body) {
     return 0;
   } catch (const std::bad_alloc&) {
     return -1;
+  } catch (const std::system_error&) {
+    return -3;
   } catch (...) {
     return -2;
   }
