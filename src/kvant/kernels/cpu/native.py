@@ -56,6 +56,8 @@ class Native:
         library.kvant_kernels.restype, library.kvant_kernels.argtypes = c_void_p, (c_char_p,)
         library.kvant_pack.restype = None
         library.kvant_pack.argtypes = (c_int32, c_void_p, c_int64, c_int64, c_void_p)
+        library.kvant_limit.restype = c_int64
+        library.kvant_limit.argtypes = (c_void_p, c_int32, c_void_p, c_int64)
         for name, arguments in _CALLS.items():
             getattr(library, name).argtypes = (*_KERNELS_AND_THREADS, *arguments)
         kernels = library.kvant_kernels(isa.encode())
@@ -68,13 +70,33 @@ class Native:
 
         Raises:
             MemoryError: the call's working memory could not be had.
+            RuntimeError: a thread could not be had; the message tells what to set.
         """
         result = getattr(self.library, f"kvant_{name}")(self._kernels, self.threads, *arguments)
         if result == -1:
             raise MemoryError("the system refused the memory that one step of the model needs")
+        if result == -3:
+            raise RuntimeError(
+                f"the system refused one of {self.threads} threads for the native kernels; set num_threads lower, "
+                "or allow this process more (ulimit -u, a container's limit of pids)"
+            )
         if result < 0:
             raise RuntimeError(f"the native kernels failed in {name}")
         return bool(result)
+
+    def reach(self, limit: str, data: Tensor, count: int) -> int:
+        """Do nothing but read memory, or add up products, on this thread: for benchmarks to compare kernels with.
+
+        Args:
+            limit: "read", "dot" (of 8-bit numbers) or "fma" (of float32).
+            data: `count` bytes to read, or 64 bytes of operands.
+            count: bytes, or rounds of products.
+
+        Returns:
+            The bytes read, or the operations: two a product.
+        """
+        done: int = self.library.kvant_limit(self._kernels, structs.LIMITS[limit], pointer(data), count)
+        return done
 
 
 def pointer(x: Tensor | None) -> int | None:

@@ -7,6 +7,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int4": 3, "int8": 4}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+LIMITS = {"read": 0, "dot": 1, "fma": 2}
 
 
 class Weight(Structure):

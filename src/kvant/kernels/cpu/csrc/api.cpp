@@ -3,8 +3,14 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <system_error>
 
 #include "decoder.h"
+
+#if defined(KVANT_BUILT_NEON) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #define KVANT_API extern "C" __attribute__((visibility("default")))
 
@@ -12,7 +18,19 @@ using namespace kvant;
 
 namespace {
 
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
+
+#if defined(KVANT_BUILT_NEON)
+// Dot products and arithmetic of 16-bit floats, which came later than NEON itself.
+bool has_neon_dots() {
+#if defined(__linux__)
+  constexpr unsigned long kNeeded = HWCAP_ASIMDDP | HWCAP_ASIMDHP | HWCAP_FPHP;
+  return (getauxval(AT_HWCAP) & kNeeded) == kNeeded;
+#else
+  return true;
+#endif
+}
+#endif
 
 struct Isa {
   const char* name;
@@ -31,7 +49,7 @@ const Isa kIsas[] = {
     {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"), avx2_kernels},
 #endif
 #if defined(KVANT_BUILT_NEON)
-    {"neon", true, neon_kernels},
+    {"neon", has_neon_dots(), neon_kernels},
 #endif
     {"generic", true, generic_kernels},
 };
@@ -43,6 +61,8 @@ int guarded(Body body) {
     return 0;
   } catch (const std::bad_alloc&) {
     return -1;
+  } catch (const std::system_error&) {
+    return -3;
   } catch (...) {
     return -2;
   }
@@ -167,4 +187,9 @@ KVANT_API int kvant_logits(const Kernels* k, int threads, const Model* model, co
 KVANT_API int kvant_sample(const Kernels* k, int threads, const float* logits, int64_t rows, int32_t vocab,
                            const Sampling* how, int64_t* tokens) {
   return guarded([&] { Step(*k, threads).sample(logits, rows, vocab, *how, tokens); });
+}
+
+// Work of one kind alone, for benchmarks; returns how much was done, see limits.h.
+KVANT_API int64_t kvant_limit(const Kernels* k, int32_t limit, const void* data, int64_t count) {
+  return k->reach_limit(limit, data, count);
 }

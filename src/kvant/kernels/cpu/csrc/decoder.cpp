@@ -7,9 +7,9 @@ namespace kvant {
 
 namespace {
 
-constexpr int64_t kRowsAtOnce = 8;     // rows of simple ops in one unit
+constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
-constexpr int64_t kUnitsPerThread = 6;
+constexpr int64_t kUnitsPerThread = 8;
 constexpr int kPrefillRows = 96;       // query rows of a prefill unit: kTileRows of attention.h
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
@@ -25,39 +25,93 @@ void Step::rows(int64_t count, Body body) {
   });
 }
 
-Input Step::quantized(const Weight& weight, const float* x, int64_t tokens) {
+// Room for a linear layer's inputs, quantized as its weight wants them.
+Input Step::room(const Weight& weight, const float* x, int64_t tokens) {
   if (weight.kind <= kWeightBF16) return {x, {}, weight.columns};
   const int padded = static_cast<int>(ceil_div(weight.columns, kGroup)) * kGroup;
   const int64_t groups = tokens * padded / kGroup;
   Arena& arena = turn_.arena();
-  const Input in{x,
-                 {arena.take<int8_t>(tokens * padded), arena.take<float>(groups), arena.take<float>(groups),
-                  arena.take<int32_t>(groups), arena.take<int32_t>(2 * groups)},
-                 padded};
-  float* ordered = weight.order ? arena.take<float>(tokens * weight.columns) : nullptr;
+  return {x,
+          {arena.take<int8_t>(tokens * padded), arena.take<float>(groups), arena.take<float>(groups),
+           arena.take<int32_t>(groups), arena.take<int32_t>(2 * groups), tokens},
+          padded};
+}
+
+// A linear layer's inputs, x [tokens, columns]; `make(t)` writes row t of x first, on the thread that quantizes it.
+template <class Make>
+Input Step::inputs(const Weight& weight, const float* x, int64_t tokens, Make make) {
+  const Input in = room(weight, x, tokens);
+  float* ordered = weight.order ? turn_.arena().take<float>(tokens * weight.columns) : nullptr;
   rows(tokens, [&](int64_t t) {
+    make(t);
     const float* row = x + t * weight.columns;
     if (ordered) {
       float* to = ordered + t * weight.columns;
       for (int c = 0; c < weight.columns; ++c) to[c] = row[weight.order[c]];
       row = to;
     }
-    k_.quantize_row(row, weight.columns, in.row(t));
+    if (weight.kind > kWeightBF16) k_.quantize_row(row, weight.columns, in.row(t));
   });
   return in;
 }
 
-void Step::linear(const Linear& linear, const float* x, int64_t tokens, float* out) {
-  const Input in = quantized(linear.weight, x, tokens);
-  const int64_t blocks = ceil_div(linear.weight.rows, kRowBlock), token_blocks = ceil_div(tokens, kTokenBlock);
-  const int64_t wanted = turn_.threads() > 1 ? turn_.threads() * kUnitsPerThread : 1;
-  const int64_t chunk = std::max<int64_t>(4, ceil_div(ceil_div(blocks * token_blocks, wanted), 4) * 4);
-  const int64_t chunks = ceil_div(blocks, std::min(chunk, ceil_div(blocks, 4) * 4)), width = std::min(chunk, ceil_div(blocks, 4) * 4);
+// A product of all tokens, `align` steps at a time at least; `after(first, last, begin, end)` follows where the tokens
+// [first, last) have met the steps [begin, end).
+template <class After>
+void Step::product(const Linear& linear, const Input& in, const Streams& streams, int64_t tokens, int align, float* out,
+                   After after) {
+  const int64_t token_blocks = ceil_div(tokens, kTokenBlock), steps = ceil_div(streams.steps, align);
+  const int64_t chunk = std::max<int64_t>(1, steps * token_blocks / (turn_.threads() * kUnitsPerThread));
+  const int64_t width = std::min(chunk, steps), chunks = ceil_div(steps, width);
   turn_.run(token_blocks * chunks, [&](int64_t unit) {
-    const int64_t first = unit / chunks * kTokenBlock, begin = unit % chunks * width;
-    k_.linear_part(linear, in, static_cast<int>(first), static_cast<int>(std::min(tokens, first + kTokenBlock)),
-                   static_cast<int>(begin), static_cast<int>(std::min(blocks, begin + width)), out);
+    const int64_t block = unit / chunks, begin = unit % chunks * width * align;
+    const int first = static_cast<int>(tokens * block / token_blocks);
+    const int last = static_cast<int>(tokens * (block + 1) / token_blocks);
+    const int end = static_cast<int>(std::min<int64_t>(streams.steps, begin + width * align));
+    k_.linear_part(linear, in, streams, first, last, static_cast<int>(begin), end, out);
+    after(first, last, static_cast<int>(begin), end);
   });
+}
+
+Streams Step::streams(const Weight& weight, int64_t tokens) {
+  return Streams(static_cast<int>(ceil_div(weight.rows, kRowBlock)), k_.linear_streams(tokens));
+}
+
+void Step::multiply(const Linear& linear, const Input& in, int64_t tokens, float* out) {
+  product(linear, in, streams(linear.weight, tokens), tokens, 1, out, [](int, int, int, int) {});
+}
+
+void Step::linear(const Linear& linear, const float* x, int64_t tokens, float* out) {
+  multiply(linear, inputs(linear.weight, x, tokens, [](int64_t) {}), tokens, out);
+}
+
+// The inputs of `down`, narrow [tokens, n]: the activations of gate_up's products, wide [tokens, 2n]. With as many streams
+// in the gates as in what they gate, a step has both halves of the same columns.
+Input Step::gated_inputs(const Model& model, const Layer& layer, const Input& in, int64_t tokens, float* wide,
+                         float* narrow) {
+  const Weight& down = layer.down.weight;
+  const int width = model.intermediate;
+  const Streams halves = streams(layer.gate_up.weight, tokens);
+  constexpr int kAlign = kGroup / kRowBlock;  // steps that make a group
+  const int columns = halves.stride * kRowBlock;
+  if (down.order || down.kind <= kWeightBF16 || columns % kGroup || columns * halves.width != 2 * width) {
+    multiply(layer.gate_up, in, tokens, wide);
+    return inputs(down, narrow, tokens, [&](int64_t t) {
+      k_.gated_row(wide + t * 2 * width, wide + (t * 2 + 1) * width, width, model.activation, narrow + t * width);
+    });
+  }
+  const Input out = room(down, narrow, tokens);
+  product(layer.gate_up, in, halves, tokens, kAlign, wide, [&](int first, int last, int begin, int end) {
+    for (int64_t t = first; t < last; ++t)
+      for (int stream = 0; stream < halves.width / 2; ++stream) {
+        const int64_t column = stream * columns + begin * kRowBlock, count = (end - begin) * kRowBlock;
+        const float* gate = wide + t * 2 * width + column;
+        float* to = narrow + t * width + column;
+        k_.gated_row(gate, gate + width, static_cast<int>(count), model.activation, to);
+        k_.quantize_row(to, static_cast<int>(count), out.row(t).group(column / kGroup));
+      }
+  });
+  return out;
 }
 
 void Step::embedding(const Weight& weight, const int64_t* ids, int64_t tokens, float* out) {
@@ -69,7 +123,9 @@ void Step::rms_norm(const float* x, const float* weight, float eps, int64_t coun
 }
 
 void Step::gated(const float* x, int64_t count, int width, int32_t activation, float* out) {
-  rows(count, [&](int64_t row) { k_.gated_row(x + row * 2 * width, width, activation, out + row * width); });
+  rows(count, [&](int64_t row) {
+    k_.gated_row(x + row * 2 * width, x + (row * 2 + 1) * width, width, activation, out + row * width);
+  });
 }
 
 void Step::write_kv(const KvLayer& cache, const AttentionShape& shape, const Batch& batch, const float* k,
@@ -77,11 +133,15 @@ void Step::write_kv(const KvLayer& cache, const AttentionShape& shape, const Bat
   const int64_t heads = shape.kv_heads;
   turn_.run(batch.tokens * heads, [&](int64_t unit) {
     const int64_t t = unit / heads, head = unit % heads, offset = t * stride + head * shape.head_dim;
-    for (const auto& [side, x] : {std::pair{&cache.key, k}, std::pair{&cache.value, v}})
-      if (!k_.write_vector(*side, cache, static_cast<int>(head), shape.head_dim, batch.slots[t], batch.positions[t],
-                           x + offset))
-        bad[t] = 1;
+    write_head(cache, shape, batch, t, head, k + offset, v + offset, bad);
   });
+}
+
+void Step::write_head(const KvLayer& cache, const AttentionShape& shape, const Batch& batch, int64_t t, int64_t head,
+                      const float* k, const float* v, uint8_t* bad) {
+  for (const auto& [side, x] : {std::pair{&cache.key, k}, std::pair{&cache.value, v}})
+    if (!k_.write_vector(*side, cache, static_cast<int>(head), shape.head_dim, batch.slots[t], batch.positions[t], x))
+      bad[t] = 1;
 }
 
 // Units of attention: for decodes a token, a KV head and a split; for prompts a tile of tokens and a KV head.
@@ -116,29 +176,44 @@ void Step::attention(const KvLayer& cache, const AttentionShape& shape, const Ba
   const int64_t parts = plan(shape, batch, splits, units, true);
   if (!parts) return;
   work.partials = turn_.arena().take<float>(int64_t{batch.tokens} * shape.heads * splits * (shape.head_dim + 2));
-  turn_.run(parts, [&](int64_t i) { k_.attend_split(work, units[i].sequence, units[i].first, units[i].kv_head, units[i].split); });
   const int shared = shape.heads / shape.kv_heads;
+  const auto merge = [&](const Unit& unit) {
+    for (int h = 0; h < shared; ++h) k_.attend_merge(work, unit.sequence, unit.first, unit.kv_head * shared + h);
+  };
   turn_.run(parts, [&](int64_t i) {
-    if (units[i].split) return;
-    for (int h = 0; h < shared; ++h) k_.attend_merge(work, units[i].sequence, units[i].first, units[i].kv_head * shared + h);
+    k_.attend_split(work, units[i].sequence, units[i].first, units[i].kv_head, units[i].split);
+    if (splits == 1) merge(units[i]);
+  });
+  if (splits == 1) return;
+  turn_.run(parts, [&](int64_t i) {
+    if (!units[i].split) merge(units[i]);
   });
 }
 
-void Step::rotate(const Layer& layer, const Model& model, const Batch& batch, const Rotary* rotaries,
-                  const float* scale, float* qkv) {
+// Norms and rotates one head's vector, a query's or a key's.
+void Step::rotate(const Layer& layer, const Model& model, const Rotary* rotaries, int64_t t, const float* norm, float* x) {
+  const int dim = layer.attention.head_dim;
+  if (norm) k_.rms_norm_row(x, norm, model.eps, dim, x);
+  if (layer.rope < 0) return;
+  const Rotary& rotary = rotaries[layer.rope];
+  k_.rope_row(x, rotary.cos + t * rotary.pairs, rotary.sin + t * rotary.pairs, rotary.pairs);
+}
+
+// Queries and keys are rotated, keys and values written; a unit is a token's KV head with the queries that share it.
+void Step::enter_cache(const Layer& layer, const Model& model, const KvLayer& cache, const Batch& batch,
+                       const Rotary* rotaries, const float* scale, float* qkv, uint8_t* bad) {
   const AttentionShape& shape = layer.attention;
-  const int dim = shape.head_dim, all = shape.heads + 2 * shape.kv_heads;
-  rows(batch.tokens, [&](int64_t t) {
-    for (int head = 0; head < shape.heads + shape.kv_heads; ++head) {
-      float* x = qkv + (t * all + head) * dim;
-      const float* norm = head < shape.heads ? layer.q_norm : layer.k_norm;
-      if (norm) k_.rms_norm_row(x, norm, model.eps, dim, x);
-      if (layer.rope >= 0) {
-        const Rotary& rotary = rotaries[layer.rope];
-        k_.rope_row(x, rotary.cos + t * rotary.pairs, rotary.sin + t * rotary.pairs, rotary.pairs);
-      }
-      if (scale && head < shape.heads) k_.scale_row(x, dim, scale[t]);
+  const int64_t dim = shape.head_dim, heads = shape.kv_heads, shared = shape.heads / heads;
+  turn_.run(batch.tokens * heads, [&](int64_t unit) {
+    const int64_t t = unit / heads, head = unit % heads;
+    float* row = qkv + t * (shape.heads + 2 * heads) * dim;
+    for (int64_t query = head * shared; query < (head + 1) * shared; ++query) {
+      rotate(layer, model, rotaries, t, layer.q_norm, row + query * dim);
+      if (scale) k_.scale_row(row + query * dim, static_cast<int>(dim), scale[t]);
     }
+    float* key = row + (shape.heads + head) * dim;
+    rotate(layer, model, rotaries, t, layer.k_norm, key);
+    write_head(cache, shape, batch, t, head, key, key + heads * dim, bad);
   });
 }
 
@@ -155,12 +230,16 @@ bool Step::forward(const Model& model, const KvLayer* cache, const Batch& batch,
   float* wide = arena.take<float>(tokens * 2 * model.intermediate);
   float* narrow = arena.take<float>(tokens * model.intermediate);
 
-  const auto norm = [&](const float* weight) { rms_norm(residual, weight, model.eps, tokens, model.hidden, x); };
-  const auto add = [&](const float* post_norm) {
-    rows(tokens, [&](int64_t t) {
-      float* row = x + t * width;
-      if (post_norm) k_.rms_norm_row(row, post_norm, model.eps, model.hidden, row);
-      k_.add_row(row, model.hidden, residual + t * width);
+  const float* post_norm = nullptr;  // of what the residual stream gets next, x
+  const auto add = [&](int64_t t) {
+    float* row = x + t * width;
+    if (post_norm) k_.rms_norm_row(row, post_norm, model.eps, model.hidden, row);
+    k_.add_row(row, model.hidden, residual + t * width);
+  };
+  const auto added_inputs = [&](const Linear& linear, const float* norm, bool first) {
+    return inputs(linear.weight, x, tokens, [&](int64_t t) {
+      if (!first) add(t);
+      k_.rms_norm_row(residual + t * width, norm, model.eps, model.hidden, x + t * width);
     });
   };
 
@@ -170,23 +249,21 @@ bool Step::forward(const Model& model, const KvLayer* cache, const Batch& batch,
   for (int index = 0; index < model.layers; ++index) {
     const Layer& layer = model.layer[index];
     const Arena::Mark mark = arena.mark();
-    norm(layer.input_norm);
-    linear(layer.qkv, x, tokens, qkv);
-    rotate(layer, model, batch, rotaries, query_scale, qkv);
-    write_kv(cache[index], layer.attention, batch, qkv + mixed_width, qkv + mixed_width + shape.kv_heads * shape.head_dim,
-             all, bad);
+    multiply(layer.qkv, added_inputs(layer.qkv, layer.input_norm, index == 0), tokens, qkv);
+    enter_cache(layer, model, cache[index], batch, rotaries, query_scale, qkv, bad);
     if (std::memchr(bad, 1, tokens)) return false;
     attention(cache[index], layer.attention, batch, qkv, all, mixed);
     linear(layer.out, mixed, tokens, x);
-    add(layer.post_attention_norm);
-    norm(layer.mlp_norm);
-    linear(layer.gate_up, x, tokens, wide);
-    gated(wide, tokens, model.intermediate, model.activation, narrow);
-    linear(layer.down, narrow, tokens, x);
-    add(layer.post_mlp_norm);
+    post_norm = layer.post_attention_norm;
+    const Input in = added_inputs(layer.gate_up, layer.mlp_norm, false);
+    multiply(layer.down, gated_inputs(model, layer, in, tokens, wide, narrow), tokens, x);
+    post_norm = layer.post_mlp_norm;
     arena.rewind(mark);
   }
-  rms_norm(residual, model.norm, model.eps, tokens, model.hidden, hidden);
+  rows(tokens, [&](int64_t t) {
+    if (model.layers) add(t);
+    k_.rms_norm_row(residual + t * width, model.norm, model.eps, model.hidden, hidden + t * width);
+  });
   return true;
 }
 

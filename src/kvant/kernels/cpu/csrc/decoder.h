@@ -31,9 +31,21 @@ class Step {
   };
   template <class Body>
   void rows(int64_t count, Body body);
-  Input quantized(const Weight& weight, const float* x, int64_t tokens);
-  void rotate(const Layer& layer, const Model& model, const Batch& batch, const Rotary* rotaries, const float* scale,
-              float* qkv);
+  Input room(const Weight& weight, const float* x, int64_t tokens);
+  template <class Make>
+  Input inputs(const Weight& weight, const float* x, int64_t tokens, Make make);
+  Streams streams(const Weight& weight, int64_t tokens);
+  template <class After>
+  void product(const Linear& linear, const Input& in, const Streams& streams, int64_t tokens, int align, float* out,
+               After after);
+  void multiply(const Linear& linear, const Input& in, int64_t tokens, float* out);
+  Input gated_inputs(const Model& model, const Layer& layer, const Input& in, int64_t tokens, float* wide,
+                     float* narrow);
+  void write_head(const KvLayer& cache, const AttentionShape& shape, const Batch& batch, int64_t t, int64_t head,
+                  const float* k, const float* v, uint8_t* bad);
+  void rotate(const Layer& layer, const Model& model, const Rotary* rotaries, int64_t t, const float* norm, float* x);
+  void enter_cache(const Layer& layer, const Model& model, const KvLayer& cache, const Batch& batch,
+                   const Rotary* rotaries, const float* scale, float* qkv, uint8_t* bad);
   int64_t sample_row(const float* logits, int count, const Sampling& how, int64_t row, float* weights);
   int64_t plan(const AttentionShape& shape, const Batch& batch, int splits, Unit* units, bool decodes);
 

@@ -1,4 +1,5 @@
 // The kernels as compiled for one instruction set, KVANT_ISA.
+#include "limits.h"
 #include "linear.h"
 #include "prefill.h"
 
@@ -12,8 +13,9 @@ namespace kvant {
 const Kernels& KVANT_JOIN(KVANT_ISA, _kernels)() {
   using namespace KVANT_ISA;
   static const Kernels kernels = {
-      KVANT_TEXT(KVANT_ISA), quantize_row, linear_part, weight_row,       rms_norm_row, add_row,      rope_row,      gated_row,
-      softcap_row,           scale_row,    argmax_row,  exponentials_row, write_vector, attend_split, attend_merge, attend_tile,
+      KVANT_TEXT(KVANT_ISA), quantize_row, linear_streams, linear_part,  weight_row,       rms_norm_row,
+      add_row,               rope_row,     gated_row,      softcap_row,  scale_row,        argmax_row,
+      exponentials_row,      write_vector, attend_split,   attend_merge, attend_tile,      reach_limit,
   };
   return kernels;
 }

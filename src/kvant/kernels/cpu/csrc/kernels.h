@@ -5,25 +5,42 @@
 
 namespace kvant {
 
-// A row of a linear layer's inputs in 8 bits, with what its products with codes need: x = code * scale.
+// A row of a linear layer's inputs in 8 bits, with what its products with codes need: x = code * scale. All but the codes
+// of its groups lie `stride` apart: between them lie those of the other rows.
 struct QuantizedRow {
   int8_t* codes;       // [padded]
   float* scales;       // [padded / 32]
   float* weighted;     // [padded / 32], scale * the sum of the group's codes
-  int32_t* zeros;      // [padded / 32], 8 * that sum: what a zero point of 8 adds
-  int32_t* half_sums;  // [padded / 16], the sums of half groups
+  int32_t* starts;     // [padded / 32], where sums of products start (Dot::start) so that a code of 8 counts as 0
+  int32_t* half_sums;  // [padded / 16], the sums of half groups' codes
+  int64_t stride;
+
+  // The row from its group `index` on.
+  QuantizedRow group(int64_t index) const {
+    const int64_t at = index * stride;
+    return {codes + index * kGroup, scales + at, weighted + at, starts + at, half_sums + 2 * at, stride};
+  }
 };
 
-// A linear layer's inputs: the rows, and the same quantized for weights of few bits, row after row.
+// A linear layer's inputs: the rows, and the same quantized for weights of few bits. Of a group, all rows' scales lie
+// together: a tile of rows reads them by one pointer.
 struct Input {
   const float* x;
-  QuantizedRow rows;
-  int32_t padded;  // columns, a multiple of kGroup
+  QuantizedRow rows;  // the first
+  int32_t padded;     // columns, a multiple of kGroup
 
   QuantizedRow row(int64_t token) const {
-    const int64_t groups = padded / 32, at = token * groups;
-    return {rows.codes + token * padded, rows.scales + at, rows.weighted + at, rows.zeros + at, rows.half_sums + 2 * at};
+    return {rows.codes + token * padded, rows.scales + token,    rows.weighted + token,
+            rows.starts + token,         rows.half_sums + token, rows.stride};
   }
+};
+
+// A matrix's row blocks as streams that are read side by side, each on and on, which is what a CPU's prefetchers are good
+// at: step i is the blocks i, i + stride, i + 2 * stride, ... The blocks that are left over are steps of their own.
+struct Streams {
+  int width, stride, steps;
+  Streams(int blocks, int streams)
+      : width(streams), stride(blocks / streams), steps(blocks / streams + blocks % streams) {}
 };
 
 struct AttentionWork {
@@ -40,12 +57,13 @@ struct AttentionWork {
 struct Kernels {
   const char* name;
   void (*quantize_row)(const float* x, int columns, const QuantizedRow& out);
-  void (*linear_part)(const Linear&, const Input&, int first, int last, int begin, int end, float* out);
+  int (*linear_streams)(int64_t tokens);
+  void (*linear_part)(const Linear&, const Input&, const Streams&, int first, int last, int begin, int end, float* out);
   void (*weight_row)(const Weight&, int row, float* out);
   void (*rms_norm_row)(const float* x, const float* weight, float eps, int count, float* y);
   void (*add_row)(const float* x, int count, float* total);
   void (*rope_row)(float* x, const float* cos, const float* sin, int pairs);
-  void (*gated_row)(const float* x, int width, int32_t activation, float* y);
+  void (*gated_row)(const float* gate, const float* up, int count, int32_t activation, float* y);
   void (*softcap_row)(float* x, int count, float cap);
   void (*scale_row)(float* x, int count, float factor);
   int (*argmax_row)(const float* x, int count);
@@ -54,6 +72,7 @@ struct Kernels {
   void (*attend_split)(const AttentionWork&, int sequence, int token, int kv_head, int split);
   void (*attend_merge)(const AttentionWork&, int sequence, int token, int head);
   void (*attend_tile)(const AttentionWork&, int sequence, int first, int last, int kv_head);
+  int64_t (*reach_limit)(int32_t limit, const void* data, int64_t count);
 };
 
 constexpr int kSplitTokens = 512;  // of the context that one unit of a decode attends to

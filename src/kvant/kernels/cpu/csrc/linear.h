@@ -15,6 +15,7 @@ constexpr int kTileBlocks = 4;  // 32 registers
 constexpr int kTileBlocks = 2;  // 16 registers
 #endif
 constexpr int kTileTokens = 6;
+constexpr int kStreams = 4;  // of row blocks, where one token waits for memory more than it computes
 
 inline void quantize_group(const float* x, const QuantizedRow& out, int group) {
   F8 held[4], top = all(0.0f), poison = all(0.0f);
@@ -27,16 +28,17 @@ inline void quantize_group(const float* x, const QuantizedRow& out, int group) {
   const F8 inverse = all(step > 0 ? 1.0f / step : 0.0f);
   if (!(step >= 0))
     for (F8& x8 : held) x8 = all(0.0f);  // a number that is not finite has no code: the scale alone tells
-  int32_t* sums = out.half_sums + 2 * group;
+  const int64_t at = group * out.stride;
+  int32_t sums[2];
   for (int half = 0; half < 2; ++half) {
     const I8 first = to_int(held[2 * half] * inverse), second = to_int(held[2 * half + 1] * inverse);
     store_bytes(out.codes + group * kGroup + 16 * half, first);
     store_bytes(out.codes + group * kGroup + 16 * half + 8, second);
-    sums[half] = sum(first + second);
+    sums[half] = out.half_sums[2 * at + half * out.stride] = sum(first + second);
   }
-  out.scales[group] = step;
-  out.weighted[group] = step * static_cast<float>(sums[0] + sums[1]);
-  out.zeros[group] = 8 * (sums[0] + sums[1]);
+  out.scales[at] = step;
+  out.weighted[at] = step * static_cast<float>(sums[0] + sums[1]);
+  out.starts[at] = Dot::start_of(-8 * (sums[0] + sums[1]));
 }
 
 void quantize_row(const float* x, int columns, const QuantizedRow& out) {
@@ -56,50 +58,66 @@ inline F8 bias_of(const Weight& w, int64_t at, F8 scale) {
   return -(to_float(__builtin_convertvector(load<B8>(w.zeros + at), I8)) * scale);
 }
 
-// What a group's dots make of the result: acc += dots * scale * step, less its zero point, or plus its bias.
+// Weights without biases and zero points, in groups of 32 columns and more: their products start where 8 counts as 0.
+template <bool Biased, int Parts>
+constexpr bool kStarted = !Biased && Parts == 1;
+
+// What a group's dots make of the result: acc += dots * scale * step, less its zero point, or plus its bias. `row` is the
+// token's, moved on to the group.
 template <int Bits, bool Biased, int Parts>
-inline void add_group(F8& acc, I8 total, F8 scale, F8 bias, const QuantizedRow& row, int g, int part) {
-  const F8 step = all(row.scales[g]);
+inline void add_group(F8& acc, I8 total, F8 scale, F8 bias, const QuantizedRow& row, int m, int part) {
+  const F8 step = all(row.scales[m]);
+  const int32_t half_sum = Parts == 1 ? 0 : row.half_sums[part * row.stride + m];
   if constexpr (Biased) {
-    const F8 sum = Parts == 1 ? all(row.weighted[g]) : step * all(static_cast<float>(row.half_sums[2 * g + part]));
     acc += to_float(total) * (scale * step);
-    acc += bias * sum;
+    acc += bias * (Parts == 1 ? all(row.weighted[m]) : step * all(static_cast<float>(half_sum)));
   } else {
-    const I8 zero = Parts == 1 ? all(row.zeros[g]) : all(8 * row.half_sums[2 * g + part]);
-    acc += to_float(total - (zero << (Bits - 4))) * (scale * step);
+    if constexpr (Parts == 2) total -= all(8 * half_sum) << (Bits - 4);
+    acc += to_float(total) * (scale * step);
   }
 }
 
+// One step of 32 codes of NB row blocks times 4 columns of M tokens, whose codes lie `padded` apart.
+template <int M, int NB>
+inline void add_step(Dot (&dots)[M][NB], const B32 (&c)[NB], const int8_t* x, int64_t padded) {
+  for (int m = 0; m < M; ++m) {
+    const B32 a = broadcast4(x + m * padded);
+    for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
+  }
+}
+
+template <int M, int NB>
+inline void start_all(Dot (&dots)[M][NB], const int32_t* starts) {
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < NB; ++b) dots[m][b].start(starts[m]);
+}
+
+template <int M, int NB>
+inline void collect(const Dot (&dots)[M][NB], bool high, I8 (&total)[M][NB]) {
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < NB; ++b) total[m][b] = high ? total[m][b] + (dots[m][b].total() << 4) : dots[m][b].total();
+}
+
 // The dots of one group of 32 columns (or, with Parts 2, of one half of it): total[m][b] of 8 rows each.
-template <int M, int NB, int Bits, int Parts>
-inline void group_dots(const uint8_t* const* codes, const int8_t* const* x, int part, I8 (&total)[M][NB]) {
-  constexpr int kSteps = Bits / Parts;  // steps of 32 code bytes
+template <int M, int NB, int Bits, bool Started, int Parts>
+inline void group_dots(const uint8_t* const* codes, const QuantizedRow& row, int64_t padded, int part,
+                       I8 (&total)[M][NB]) {
+  constexpr int kSteps = Bits / Parts, kColumns = 32 / Bits;  // steps of 32 code bytes
   for (int nibble = 0; nibble < Bits / 4; ++nibble) {
     Dot dots[M][NB];
+    if (Started && nibble == Bits / 4 - 1) start_all(dots, row.starts);
+KVANT_UNROLL
     for (int s = part * kSteps; s < (part + 1) * kSteps; ++s) {
+      const int8_t* x = row.codes + kColumns * s;
+      B32 c[NB];
+      for (int b = 0; b < NB; ++b) c[b] = (load<B32>(codes[b] + 32 * s) >> (4 * nibble)) & 15;
+      add_step(dots, c, x, padded);
       if constexpr (Bits == 4) {
-        B32 c[NB];
-        for (int b = 0; b < NB; ++b) c[b] = load<B32>(codes[b] + 32 * s) & 15;
-        for (int m = 0; m < M; ++m) {
-          const B32 a = broadcast4(x[m] + 8 * s);
-          for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
-        }
         for (int b = 0; b < NB; ++b) c[b] = (load<B32>(codes[b] + 32 * s) >> 4) & 15;
-        for (int m = 0; m < M; ++m) {
-          const B32 a = broadcast4(x[m] + 8 * s + 4);
-          for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
-        }
-      } else {
-        B32 c[NB];
-        for (int b = 0; b < NB; ++b) c[b] = (load<B32>(codes[b] + 32 * s) >> (4 * nibble)) & 15;
-        for (int m = 0; m < M; ++m) {
-          const B32 a = broadcast4(x[m] + 4 * s);
-          for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
-        }
+        add_step(dots, c, x + 4, padded);
       }
     }
-    for (int m = 0; m < M; ++m)
-      for (int b = 0; b < NB; ++b) total[m][b] = nibble ? total[m][b] + (dots[m][b].total() << 4) : dots[m][b].total();
+    collect(dots, nibble, total);
   }
 }
 
@@ -113,45 +131,48 @@ inline void store_rows(F8 y, const Linear& linear, int row, float* out) {
   }
 }
 
-// M tokens from `token` on times NB row blocks from `block` on.
+// Row blocks that are worked on together: the first, and how far apart they lie.
+struct Blocks {
+  int first, stride;
+  int operator[](int b) const { return first + b * stride; }
+};
+
+// M tokens from `token` on times NB row blocks.
 template <int M, int NB, int Bits, bool Biased, int Parts>
-void quantized_tile(const Linear& linear, const Input& in, int token, int block, float* out) {
+void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blocks, float* out) {
   const Weight& w = linear.weight;
   const int groups = in.padded / kGroup, spans = num_spans(w, in.padded);
   const int shift = Parts == 2 ? -1 : __builtin_ctz(w.group / kGroup);
   const uint8_t* codes[NB];
   int64_t starts[NB];
   for (int b = 0; b < NB; ++b) {
-    codes[b] = static_cast<const uint8_t*>(w.codes) + static_cast<int64_t>(block + b) * groups * 32 * Bits;
-    starts[b] = static_cast<int64_t>(block + b) * spans * kRowBlock;
+    codes[b] = static_cast<const uint8_t*>(w.codes) + static_cast<int64_t>(blocks[b]) * groups * 32 * Bits;
+    starts[b] = static_cast<int64_t>(blocks[b]) * spans * kRowBlock;
   }
-  QuantizedRow rows[M];
-  const int8_t* x[M];
-  for (int m = 0; m < M; ++m) {
-    rows[m] = in.row(token + m);
-    x[m] = rows[m].codes;
-  }
+  const QuantizedRow first = in.row(token);
   F8 acc[M][NB] = {};
   for (int g = 0; g < groups; ++g) {
+    const QuantizedRow row = first.group(g);
     for (int part = 0; part < Parts; ++part) {
       I8 total[M][NB] = {};
-      group_dots<M, NB, Bits, Parts>(codes, x, part, total);
+      group_dots<M, NB, Bits, kStarted<Biased, Parts>, Parts>(codes, row, in.padded, part, total);
       const int span = (Parts == 2 ? 2 * g + part : g >> shift) * kRowBlock;
       for (int b = 0; b < NB; ++b) {
         const F8 scale = load_half(w.scales + starts[b] + span);
         const F8 bias = Biased ? bias_of(w, starts[b] + span, scale) : all(0.0f);
-        for (int m = 0; m < M; ++m) add_group<Bits, Biased, Parts>(acc[m][b], total[m][b], scale, bias, rows[m], g, part);
+        for (int m = 0; m < M; ++m) add_group<Bits, Biased, Parts>(acc[m][b], total[m][b], scale, bias, row, m, part);
       }
     }
     for (int b = 0; b < NB; ++b) codes[b] += 32 * Bits;
-    for (int m = 0; m < M; ++m) x[m] += kGroup;
   }
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)
-      store_rows(acc[m][b], linear, (block + b) * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
+      store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
 }
 
 // Row blocks' codes as one nibble a byte, for tokens enough to pay for it: [group][nibble][8 steps of 4 columns][NB][32].
+// It pays from three tiles of tokens on: up to two, a tile unpacks for itself.
+constexpr int kPanelTokens = 2 * kTileTokens + 1;
 constexpr int kPanelGroups = 32;  // 4-bit groups of a panel, so that it stays in the nearest cache; half as many of 8 bits
 
 template <int NB, int Planes>
@@ -161,6 +182,7 @@ inline void unpack_panel(const uint8_t* const* codes, int groups, uint8_t* panel
       const uint8_t* source = codes[b] + g * Planes * 128;
       for (int s = 0; s < 4 * Planes; ++s) {
         const B32 c = load<B32>(source + 32 * s);
+        if (s % 2 == 0) __builtin_prefetch(source + 32 * s + groups * Planes * 128);  // the stream's next panel
         const int low = Planes == 1 ? 2 * s : s, high = Planes == 1 ? 2 * s + 1 : 8 + s;
         store(panel + (low * NB + b) * 32, c & 15);
         store(panel + (high * NB + b) * 32, (c >> 4) & 15);
@@ -174,47 +196,48 @@ struct Panel {
   int begin, end;
 };
 
+// As `group_dots`, of a panel.
+template <int M, int NB, bool Started, int Planes, int Parts>
+inline void panel_dots(const uint8_t* codes, const QuantizedRow& row, int64_t padded, int part, I8 (&total)[M][NB]) {
+  for (int plane = 0; plane < Planes; ++plane) {
+    Dot dots[M][NB];
+    if (Started && plane == Planes - 1) start_all(dots, row.starts);
+KVANT_UNROLL
+    for (int s = part * 8 / Parts; s < (part + 1) * 8 / Parts; ++s) {
+      B32 c[NB];
+      for (int b = 0; b < NB; ++b) c[b] = load<B32>(codes + ((plane * 8 + s) * NB + b) * 32);
+      add_step(dots, c, row.codes + 4 * s, padded);
+    }
+    collect(dots, plane, total);
+  }
+}
+
 template <int M, int NB, bool Biased, int Planes, int Parts>
-void panel_tile(const Linear& linear, const Input& in, const Panel& panel, int token, int block, float* out) {
+void panel_tile(const Linear& linear, const Input& in, const Panel& panel, int token, Blocks blocks, float* out) {
   const Weight& w = linear.weight;
   const int spans = num_spans(w, in.padded);
   const int shift = Parts == 2 ? -1 : __builtin_ctz(w.group / kGroup);
-  QuantizedRow rows[M];
-  for (int m = 0; m < M; ++m) rows[m] = in.row(token + m);
-  const int8_t* x = rows[0].codes + panel.begin * kGroup;
-  const int64_t start = static_cast<int64_t>(block) * spans * kRowBlock;
+  const QuantizedRow first = in.row(token);
+  int64_t starts[NB];
+  for (int b = 0; b < NB; ++b) starts[b] = static_cast<int64_t>(blocks[b]) * spans * kRowBlock;
   F8 acc[M][NB] = {};
   const uint8_t* codes = panel.codes;
-  for (int g = panel.begin; g < panel.end; ++g, x += kGroup) {
-    I8 total[Parts][M][NB] = {};
-    for (int plane = 0; plane < Planes; ++plane)
-      for (int part = 0; part < Parts; ++part) {
-        Dot dots[M][NB];
-        for (int s = 0; s < 8 / Parts; ++s, codes += NB * 32) {
-          B32 c[NB];
-          for (int b = 0; b < NB; ++b) c[b] = load<B32>(codes + 32 * b);
-          for (int m = 0; m < M; ++m) {
-            const B32 a = broadcast4(x + m * in.padded + 4 * (s + part * 4));
-            for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
-          }
-        }
-        for (int m = 0; m < M; ++m)
-          for (int b = 0; b < NB; ++b)
-            total[part][m][b] = plane ? total[part][m][b] + (dots[m][b].total() << 4) : dots[m][b].total();
-      }
+  for (int g = panel.begin; g < panel.end; ++g, codes += Planes * 8 * NB * 32) {
+    const QuantizedRow row = first.group(g);
     for (int part = 0; part < Parts; ++part) {
-      const int64_t span = start + (Parts == 2 ? 2 * g + part : g >> shift) * kRowBlock;
+      I8 total[M][NB] = {};
+      panel_dots<M, NB, kStarted<Biased, Parts>, Planes, Parts>(codes, row, in.padded, part, total);
+      const int64_t span = (Parts == 2 ? 2 * g + part : g >> shift) * kRowBlock;
       for (int b = 0; b < NB; ++b) {
-        const int64_t at = span + static_cast<int64_t>(b) * spans * kRowBlock;
-        const F8 scale = load_half(w.scales + at), bias = Biased ? bias_of(w, at, scale) : all(0.0f);
-        for (int m = 0; m < M; ++m)
-          add_group<4 * Planes, Biased, Parts>(acc[m][b], total[part][m][b], scale, bias, rows[m], g, part);
+        const F8 scale = load_half(w.scales + starts[b] + span);
+        const F8 bias = Biased ? bias_of(w, starts[b] + span, scale) : all(0.0f);
+        for (int m = 0; m < M; ++m) add_group<4 * Planes, Biased, Parts>(acc[m][b], total[m][b], scale, bias, row, m, part);
       }
     }
   }
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b) {
-      const int row = (block + b) * kRowBlock, left = std::min(kRowBlock, w.rows - row);
+      const int row = blocks[b] * kRowBlock, left = std::min(kRowBlock, w.rows - row);
       float* y = out + static_cast<int64_t>(token + m) * w.rows + row;
       const float* base = panel.begin ? y : linear.bias ? linear.bias + row : nullptr;
       store_some(y, base ? acc[m][b] + load_some(base, left) : acc[m][b], left);
@@ -229,23 +252,23 @@ inline F8 dense_rows(const void* codes, int64_t index) {
 }
 
 template <int M, int NB, WeightKind Kind>
-void dense_tile(const Linear& linear, const Input& in, int token, int block, float* out) {
+void dense_tile(const Linear& linear, const Input& in, int token, Blocks blocks, float* out) {
   const Weight& w = linear.weight;
   const float* x[M];
   for (int m = 0; m < M; ++m) x[m] = in.x + static_cast<int64_t>(token + m) * w.columns;
   F8 acc[M][NB] = {};
   for (int64_t k = 0; k < w.columns; ++k) {
     F8 rows[NB];
-    for (int b = 0; b < NB; ++b) rows[b] = dense_rows<Kind>(w.codes, ((block + b) * int64_t{w.columns} + k) * kRowBlock);
+    for (int b = 0; b < NB; ++b) rows[b] = dense_rows<Kind>(w.codes, (blocks[b] * int64_t{w.columns} + k) * kRowBlock);
     for (int m = 0; m < M; ++m)
       for (int b = 0; b < NB; ++b) acc[m][b] += rows[b] * all(x[m][k]);
   }
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)
-      store_rows(acc[m][b], linear, (block + b) * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
+      store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
 }
 
-using Tile = void (*)(const Linear&, const Input&, int token, int block, float* out);
+using Tile = void (*)(const Linear&, const Input&, int token, Blocks blocks, float* out);
 
 template <int M, int NB>
 Tile tile_of(const Weight& w) {
@@ -275,15 +298,13 @@ Tile tile_of(const Weight& w, int tokens) {
   }
 }
 
-using PanelTile = void (*)(const Linear&, const Input&, const Panel&, int token, int block, float* out);
+using PanelTile = void (*)(const Linear&, const Input&, const Panel&, int token, Blocks blocks, float* out);
 
+// Tiles of kPanelTokens and more are never lower than 4.
 template <int NB, bool Biased, int Planes, int Parts>
 PanelTile panel_tile_of(int tokens) {
-  static constexpr PanelTile tiles[] = {
-      panel_tile<1, NB, Biased, Planes, Parts>, panel_tile<2, NB, Biased, Planes, Parts>,
-      panel_tile<3, NB, Biased, Planes, Parts>, panel_tile<4, NB, Biased, Planes, Parts>,
-      panel_tile<5, NB, Biased, Planes, Parts>, panel_tile<6, NB, Biased, Planes, Parts>};
-  return tiles[tokens - 1];
+  if (tokens == 4) return panel_tile<4, NB, Biased, Planes, Parts>;
+  return tokens == 5 ? panel_tile<5, NB, Biased, Planes, Parts> : panel_tile<6, NB, Biased, Planes, Parts>;
 }
 
 template <int NB>
@@ -299,7 +320,7 @@ PanelTile panel_tile_of(const Weight& w, int tokens) {
 
 // The tokens [first, last) times NB row blocks, by panels.
 template <int NB>
-void by_panels(const Linear& linear, const Input& in, int first, int last, int block, float* out) {
+void by_panels(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
   const Weight& w = linear.weight;
   const int planes = w.kind == kWeightU4 ? 1 : 2, groups = in.padded / kGroup, most = kPanelGroups / planes;
   const int tokens = last - first, tiles = (tokens + kTileTokens - 1) / kTileTokens;
@@ -308,37 +329,44 @@ void by_panels(const Linear& linear, const Input& in, int first, int last, int b
     const int end = std::min(groups, begin + most);
     const uint8_t* codes[NB];
     for (int b = 0; b < NB; ++b)
-      codes[b] = static_cast<const uint8_t*>(w.codes) + (static_cast<int64_t>(block + b) * groups + begin) * planes * 128;
+      codes[b] = static_cast<const uint8_t*>(w.codes) + (static_cast<int64_t>(blocks[b]) * groups + begin) * planes * 128;
     planes == 1 ? unpack_panel<NB, 1>(codes, end - begin, panel) : unpack_panel<NB, 2>(codes, end - begin, panel);
     for (int tile = 0; tile < tiles; ++tile) {
       const int from = first + tokens * tile / tiles, to = first + tokens * (tile + 1) / tiles;
-      panel_tile_of<NB>(w, to - from)(linear, in, {panel, begin, end}, from, block, out);
+      panel_tile_of<NB>(w, to - from)(linear, in, {panel, begin, end}, from, blocks, out);
     }
   }
 }
 
-// The tokens [first, last) times the row blocks [begin, end); out [all tokens, rows].
-void linear_part(const Linear& linear, const Input& in, int first, int last, int begin, int end, float* out) {
-  // Tiles of equal heights: 8 tokens are 4 + 4, not 6 + 2.
+// The tokens [first, last) times NB row blocks; tiles of equal heights: 8 tokens are 4 + 4, not 6 + 2.
+template <int NB>
+void by_tiles(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
   const int tokens = last - first, tiles = (tokens + kTileTokens - 1) / kTileTokens;
-  const bool alone = tokens == 1, panels = tokens > kTileTokens && linear.weight.kind >= kWeightU4;
-  for (int block = begin; block < end;) {
-    if (panels) {
-      const bool fits = end - block >= kTileBlocks;
-      fits ? by_panels<kTileBlocks>(linear, in, first, last, block, out) : by_panels<1>(linear, in, first, last, block, out);
-      block += fits ? kTileBlocks : 1;
-      continue;
-    }
-    const int width = alone ? 4 : kTileBlocks, wide = end - block >= width;
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int from = first + tokens * tile / tiles, to = first + tokens * (tile + 1) / tiles;
-      const Tile run = !wide ? tile_of<1>(linear.weight, to - from)
-                       : alone ? tile_of<1, 4>(linear.weight)
-                               : tile_of<kTileBlocks>(linear.weight, to - from);
-      run(linear, in, from, block, out);
-    }
-    block += wide ? width : 1;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int from = first + tokens * tile / tiles, to = first + tokens * (tile + 1) / tiles;
+    tile_of<NB>(linear.weight, to - from)(linear, in, from, blocks, out);
   }
+}
+
+// How many streams of row blocks a product of so many tokens reads.
+int linear_streams(int64_t tokens) { return tokens == 1 ? kStreams : kTileBlocks; }
+
+template <int NB>
+void linear_step(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
+  const bool panels = last - first >= kPanelTokens && linear.weight.kind >= kWeightU4;
+  panels ? by_panels<NB>(linear, in, first, last, blocks, out) : by_tiles<NB>(linear, in, first, last, blocks, out);
+}
+
+// The tokens [first, last) times the row blocks of the steps [begin, end); out [all tokens, rows].
+void linear_part(const Linear& linear, const Input& in, const Streams& streams, int first, int last, int begin, int end,
+                 float* out) {
+  const int stride = streams.stride, whole = std::min(end, stride);
+  for (int i = begin; i < whole; ++i) {
+    if (streams.width == kTileBlocks) linear_step<kTileBlocks>(linear, in, first, last, {i, stride}, out);
+    else tile_of<1, kStreams>(linear.weight)(linear, in, first, {i, stride}, out);
+  }
+  for (int i = std::max(begin, stride); i < end; ++i)
+    linear_step<1>(linear, in, first, last, {stride * (streams.width - 1) + i, 1}, out);
 }
 
 // One row's values in the order of the inputs, as `linear_part` multiplies them.

@@ -80,6 +80,7 @@ Pool::~Pool() {
 }
 
 void Pool::grow(int threads) {
+  while (static_cast<int>(shares_.size()) < threads) shares_.emplace_back();
   while (static_cast<int>(workers_.size()) < threads - 1) {
     const int index = static_cast<int>(workers_.size()) + 1;
     workers_.emplace_back([this, index] { loop(index); });
@@ -89,8 +90,8 @@ void Pool::grow(int threads) {
 void Pool::start(int threads, int64_t units, Function function, void* context) {
   function_ = function;
   context_ = context;
-  units_ = units;
-  next_.store(0, std::memory_order_relaxed);
+  for (int64_t i = 0; i < threads; ++i)
+    shares_[i].units.store((units * i / threads) << 32 | units * (i + 1) / threads, std::memory_order_relaxed);
   limit_.store(threads, std::memory_order_relaxed);
   const uint64_t job = (gate_.load(std::memory_order_relaxed) >> 32) + 1;
   gate_.store(job << 32 | kOpen);
@@ -98,7 +99,7 @@ void Pool::start(int threads, int64_t units, Function function, void* context) {
     std::lock_guard<std::mutex> guard(mutex_);
     wake_.notify_all();
   }
-  work_on();
+  work_on(0);
   gate_.fetch_and(~kOpen);
   for (int spins = 0; gate_.load(std::memory_order_acquire) & kInside; ++spins) {
     if (spins < kPoliteSpins) pause();
@@ -107,9 +108,31 @@ void Pool::start(int threads, int64_t units, Function function, void* context) {
   if (failed_.exchange(false)) throw std::bad_alloc();
 }
 
-void Pool::work_on() {
+bool Pool::Share::take_first(int64_t* unit) {
+  uint64_t now = units.load(std::memory_order_relaxed);
+  while ((now >> 32) < (now & 0xffffffff)) {
+    *unit = static_cast<int64_t>(now >> 32);
+    if (units.compare_exchange_weak(now, now + (uint64_t{1} << 32), std::memory_order_relaxed)) return true;
+  }
+  return false;
+}
+
+bool Pool::Share::take_last(int64_t* unit) {
+  uint64_t now = units.load(std::memory_order_relaxed);
+  while ((now >> 32) < (now & 0xffffffff)) {
+    *unit = static_cast<int64_t>(now & 0xffffffff) - 1;
+    if (units.compare_exchange_weak(now, now - 1, std::memory_order_relaxed)) return true;
+  }
+  return false;
+}
+
+void Pool::work_on(int index) {
+  const int threads = limit_.load(std::memory_order_relaxed);
   try {
-    for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) function_(context_, unit);
+    int64_t unit;
+    while (shares_[index].take_first(&unit)) function_(context_, unit);
+    for (int other = 1; other < threads; ++other)
+      while (shares_[(index + other) % threads].take_last(&unit)) function_(context_, unit);
   } catch (const std::bad_alloc&) {
     failed_ = true;  // told by the caller, when nobody works on the job any more
   }
@@ -144,7 +167,7 @@ void Pool::loop(int index) {
   uint64_t done = 0;
   while (wait_for_job(done)) {
     if (enter(index, &done)) {
-      work_on();
+      work_on(index);
       gate_.fetch_sub(1, std::memory_order_release);
     } else {
       done = gate_.load() >> 32;  // closed already, or not for this thread

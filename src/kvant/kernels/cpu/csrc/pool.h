@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -39,12 +40,14 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Threads that spin for a short while after work, then sleep. Work is handed out unit by unit, so a thread that the
-// system holds up holds up one unit at most; one that it has not even woken is not waited for.
+// Threads that spin for a short while after work, then sleep. Each has a share of the units, in order, so that it reads
+// on where it was; who is through with its own takes others', from their ends. So a thread that the system holds up
+// holds up one unit at most; one that it has not even woken is not waited for.
 class Pool {
  public:
   ~Pool();
-  // Starts workers so that `threads` in all, the caller's included, can work.
+  // Starts workers so that `threads` in all, the caller's included, can work. Throws system_error where one does not
+  // start.
   void grow(int threads);
 
   // body(unit) for every unit in [0, units), on at most `threads` threads; returns when all are done. Throws bad_alloc
@@ -62,21 +65,27 @@ class Pool {
  private:
   using Function = void (*)(void*, int64_t);
   void start(int threads, int64_t units, Function function, void* context);
-  void work_on();
+  void work_on(int index);
   void loop(int index);
   bool enter(int index, uint64_t* done);
   bool wait_for_job(uint64_t done);
 
+  // A thread's units that nobody has taken yet: next << 32 | end.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> units{0};
+    bool take_first(int64_t* unit);
+    bool take_last(int64_t* unit);
+  };
+
   // The gate: job number << 32 | open << 31 | threads inside.
-  std::atomic<uint64_t> gate_{0};
-  std::atomic<int64_t> next_{0};
-  std::atomic<int> sleepers_{0};
+  alignas(64) std::atomic<uint64_t> gate_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::atomic<bool> failed_{false};  // a unit ran out of memory
   Function function_ = nullptr;
   void* context_ = nullptr;
-  int64_t units_ = 0;
   std::atomic<int> limit_{0};
+  std::deque<Share> shares_;  // one for each thread, the caller's first
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;

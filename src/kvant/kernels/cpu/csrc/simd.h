@@ -11,6 +11,13 @@
 #include <arm_neon.h>
 #endif
 
+// Before a loop of up to 8 rounds with vectors in registers. Where the compiler takes vectors apart it only bloats.
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+#define KVANT_UNROLL _Pragma("GCC unroll 8")
+#else
+#define KVANT_UNROLL
+#endif
+
 namespace kvant::KVANT_ISA {
 
 typedef float F8 __attribute__((vector_size(32)));
@@ -188,21 +195,29 @@ inline B32 broadcast4(const int8_t* p) {
 #endif
 }
 
-// Sums over each lane's four bytes of u * s, u unsigned and at most 15, s signed: up to 8 `add`s, then `total`.
+// Sums over each lane's four bytes of u * s, u unsigned and at most 15, s signed: up to 8 `add`s, then `total`. `start`
+// makes all lanes' sums begin elsewhere, at what `start_of` made of a number: minus 8 times the sum of all s to come.
 struct Dot {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
   __m256i sum = _mm256_setzero_si256();
+  static int32_t start_of(int32_t x) { return x; }
+  inline void start(int32_t x) { sum = _mm256_set1_epi32(x); }
   inline void add(B32 u, B32 s) { sum = _mm256_dpbusd_epi32(sum, (__m256i)u, (__m256i)s); }
   inline I8 total() const { return (I8)sum; }
 #elif defined(__AVX2__)
-  __m256i sum = _mm256_setzero_si256();  // int16: 8 * 2 * 15 * 128 fits
+  // int16, two a lane: 8 * 2 * 15 * 127 fits, and so does what starts in the lower one with its half of the products.
+  __m256i sum = _mm256_setzero_si256();
+  static int32_t start_of(int32_t x) { return x & 0xffff; }
+  inline void start(int32_t x) { sum = _mm256_set1_epi32(x); }
   inline void add(B32 u, B32 s) {
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)u, (__m256i)s));
-    asm volatile("" : "+x"(sum));  // keeps gcc from collecting the products first, which spills
+    const __m256i product = _mm256_maddubs_epi16((__m256i)u, (__m256i)s);
+    asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));  // gcc alone collects products first, and spills
   }
   inline I8 total() const { return (I8)_mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 #elif defined(__ARM_FEATURE_DOTPROD)
   int32x4_t low = vdupq_n_s32(0), high = vdupq_n_s32(0);
+  static int32_t start_of(int32_t x) { return x; }
+  inline void start(int32_t x) { low = high = vdupq_n_s32(x); }
   inline void add(B32 u, B32 s) {
     const int8_t *a = reinterpret_cast<const int8_t*>(&u), *b = reinterpret_cast<const int8_t*>(&s);
     low = vdotq_s32(low, vld1q_s8(a), vld1q_s8(b));
@@ -216,6 +231,8 @@ struct Dot {
   }
 #else
   I8 sum = all(0);
+  static int32_t start_of(int32_t x) { return x; }
+  inline void start(int32_t x) { sum = all(x); }
   inline void add(B32 u, B32 s) {
     I8 first = as<I8>(u), second = as<I8>(s);
     for (int shift = 24; shift >= 0; shift -= 8) sum += ((first << shift) >> 24) * ((second << shift) >> 24);

@@ -104,6 +104,8 @@ struct Layer {
 
 enum Activation : int32_t { kSilu, kGeluTanh, kGelu };
 
+enum Limit : int32_t { kReadLimit, kDotLimit, kFmaLimit };
+
 struct Model {
   int32_t hidden, intermediate, layers, activation;
   float eps, embedding_scale, final_softcap;  // final_softcap 0: none

@@ -70,8 +70,8 @@ inline F8 activate(F8 x, int32_t activation) {
   return y;
 }
 
-void gated_row(const float* x, int width, int32_t activation, float* y) {
-  map_row(x, width, y, [&](int i, F8 gate) { return activate(gate, activation) * load_some(x + width + i, width - i); });
+void gated_row(const float* gate, const float* up, int count, int32_t activation, float* y) {
+  map_row(gate, count, y, [&](int i, F8 x) { return activate(x, activation) * load_some(up + i, count - i); });
 }
 
 void softcap_row(float* x, int count, float cap) {

@@ -1,0 +1,105 @@
+"""The attention of decoding, one token over a long context, on caches as the engine keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ctypes import byref
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from kernel import Kernel
+
+from kvant.cache.blocks import Paging
+from kvant.cache.store import KVStore
+from kvant.formats.kv import KV_FORMATS, KVPlan, KVShape
+from kvant.formats.kv_codecs import FloatCodec, ShapedCodec
+from kvant.formats.kv_stats import turn
+from kvant.kernels.cpu.cache import bind_batch, bind_cache, bind_shape
+from kvant.kernels.cpu.native import pointer
+from kvant.kernels.cpu.ops import CpuOps
+from kvant.kernels.ops import AttentionBatch, AttentionShape
+from kvant.models.spec import RopeSpec
+from kvant.quantize.kv_constants import frequencies, key_shape, layer_plan
+from kvant.quantize.kv_statistics import LayerStatistics
+
+FORMATS = ("fp16", "int8", "int4")
+SHAPES = ((64, 3), (64, 7), (64, 1), (128, 4))  # head_dim, query heads a KV head
+KV_HEADS = 2
+BLOCK = 64
+CACHED = 2048  # tokens of one layer whose cache stays in the processor's
+STREAMED = 96 << 20  # bytes of layers that are read one after the other, more than it holds
+ROPE_THETA = 100_000.0
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Layers of one cache and a step's token, with what their structures point to."""
+
+    ops: CpuOps
+    store: KVStore
+    batch: AttentionBatch
+    shape: AttentionShape
+
+    def kernel(self, name: str) -> Kernel:
+        """All layers' attention, one after the other; its units are tokens times KV heads."""
+        q = torch.randn(1, self.shape.num_heads, self.shape.head_dim)
+        out, layers, tokens = torch.empty_like(q), bind_cache(self.store.layers), bind_batch(self.batch)
+        shape, structs, count = bind_shape(self.shape), layers.structs, len(self.store.layers)
+
+        def run() -> None:
+            kept = layers, tokens  # their memory, which the structures point to
+            for layer in range(count):
+                self.ops.native.call(
+                    "attention", byref(structs[layer]), byref(shape), byref(tokens.struct), pointer(q), pointer(out)
+                )
+            assert kept
+
+        units = count * KV_HEADS * self.batch.context_lens[0]
+        vector = sum(plane.bytes for plane in self.store.layers[0].format.planes(self.shape.head_dim))
+        products = 2 * self.shape.head_dim * self.shape.num_heads // KV_HEADS
+        integer = self.store.layers[0].format.name.startswith("int")
+        return Kernel(name, run, units, units * vector, units * 2 * products, "dot" if integer else "fma")
+
+
+def kernels(ops: CpuOps) -> Iterator[Kernel]:
+    """Each format and shape, from the processor's caches and from memory."""
+    for head_dim, ratio in SHAPES:
+        for fmt in FORMATS:
+            for name, layers, context in (("cached", 1, CACHED), ("streamed", 0, 4 * CACHED)):
+                scene = make_scene(ops, fmt, head_dim, ratio, context, layers)
+                yield scene.kernel(f"attention {fmt} d{head_dim} gqa{ratio} {name}")
+
+
+def make_scene(ops: CpuOps, name: str, head_dim: int, ratio: int, context: int, layers: int) -> Scene:
+    """A sequence whose next token decodes; with 0 layers, as many as take `STREAMED` bytes."""
+    fmt, rope = KV_FORMATS[name], RopeSpec(dim=head_dim, theta=ROPE_THETA)
+    shape = KVShape(1, KV_HEADS, head_dim)
+    layers = layers or ceil(STREAMED / (context * fmt.bytes_per_token(shape)))
+    plan = KVPlan(name, (layer_plan(fmt, _statistics(head_dim, rope), rope),) * layers)
+    paging = Paging(BLOCK, plan.lead)
+    count = paging.blocks_for(context)
+    store = KVStore.allocate(KVShape(layers, KV_HEADS, head_dim), plan, count, BLOCK)
+    table, positions = torch.randperm(count).unsqueeze(0), torch.arange(context)
+    numbers = positions + plan.lead
+    slots = table[0, numbers // BLOCK] * BLOCK + numbers % BLOCK
+    k, v = torch.randn(2, context, KV_HEADS, head_dim)
+    filling = AttentionBatch(positions, slots, (0, context), (context,), table)
+    ops.rope_write_kv(k, k, v, None, store.layers[0], filling)
+    for layer in store.layers[1:]:
+        for plane, first in zip(layer.planes.values(), store.layers[0].planes.values(), strict=True):
+            plane.copy_(first)
+    batch = AttentionBatch(positions[-1:], slots[-1:], (0, 1), (context,), table)
+    return Scene(ops, store, batch, AttentionShape(KV_HEADS * ratio, KV_HEADS, head_dim, head_dim**-0.5))
+
+
+def _statistics(head_dim: int, rope: RopeSpec) -> LayerStatistics:
+    """Of made-up keys with a mean, and of queries that lie in few directions."""
+    mean, spread = torch.randn(KV_HEADS, head_dim), torch.randn(KV_HEADS, head_dim).mul(0.6).exp()
+    directions = torch.randn(KV_HEADS, head_dim, head_dim) * torch.randn(KV_HEADS, 1, head_dim).exp()
+    moments = mean, spread.square(), directions @ directions.mT / head_dim
+    positions = torch.arange(BLOCK)
+    keys = turn(mean.unsqueeze(1) + torch.randn(KV_HEADS, BLOCK, head_dim), positions, frequencies(rope))
+    shaped = ShapedCodec(FloatCodec(torch.float32)).shaped(keys, positions, key_shape(*moments, rope))
+    ranges = keys.abs().amax((1, 2)), shaped.abs().amax((1, 2))
+    return LayerStatistics(*moments, key_range=ranges[0], value_range=ranges[0], shaped_key_range=ranges[1])
