@@ -29,6 +29,7 @@ KV_HEADS = 2
 BLOCK = 64
 CACHED = 2048  # tokens of one layer whose cache stays in the processor's
 STREAMED = 96 << 20  # bytes of layers that are read one after the other, more than it holds
+CALLS = 8  # in a run, at least
 ROPE_THETA = 100_000.0
 
 
@@ -42,14 +43,16 @@ class Scene:
     shape: AttentionShape
 
     def kernel(self, name: str) -> Kernel:
-        """All layers' attention, one after the other; its units are tokens times KV heads."""
+        """All layers' attention, so often that a call's overhead does not count; units are tokens times KV heads."""
         q = torch.randn(1, self.shape.num_heads, self.shape.head_dim)
         out, layers, tokens = torch.empty_like(q), bind_cache(self.store.layers), bind_batch(self.batch)
-        shape, structs, count = bind_shape(self.shape), layers.structs, len(self.store.layers)
+        shape, structs, count = bind_shape(self.shape), layers.structs, max(len(self.store.layers), CALLS)
+
+        numbers = [call % len(self.store.layers) for call in range(count)]
 
         def run() -> None:
             kept = layers, tokens  # their memory, which the structures point to
-            for layer in range(count):
+            for layer in numbers:
                 self.ops.native.call(
                     "attention", byref(structs[layer]), byref(shape), byref(tokens.struct), pointer(q), pointer(out)
                 )
