@@ -37,6 +37,8 @@ struct Scores {
     start(at, heads, it);
     for (int i = 0; i < it.count; ++i) {
       const Run& run = it.runs[i];
+      if (i + 1 < it.count) prefetch(at.layer.key, at.dim, it.runs[i + 1]);
+      prefetch(at.layer.value, at.dim, run);
       if (!key_is_integer(at.layer.key, at.dim)) add_floats(at, heads, run);
       else for_heads<kHeadsAtOnce>(heads.count, [&](auto n, int h) { add_codes<n()>(at, heads.codes + h, run, of(h)); });
     }

@@ -43,6 +43,14 @@ inline int find_runs(const Place& at, int64_t first, int from, int to, Run* runs
   return count;
 }
 
+inline void prefetch(const Side& side, int dim, const Run& run) {
+  const int64_t tokens = run.end - run.begin, bytes = tokens * code_bytes(side, dim), words = 2 * tokens * meta_words(side);
+  const char* codes = codes_at<char>(side, dim, run.spot);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + b);
+  const char* meta = reinterpret_cast<const char*>(meta_at(side, run.spot));
+  for (int64_t b = 0; b < words; b += 64) __builtin_prefetch(meta + b);
+}
+
 // Tokens [from, to) of a tile of positions.
 struct TileRows {
   int64_t tile;
