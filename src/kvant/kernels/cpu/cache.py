@@ -24,6 +24,7 @@ from kvant.kernels.cpu.native import floats, pointer
 from kvant.kernels.ops import AttentionBatch, AttentionShape
 
 _MAX_HEAD_DIM = 256
+_MAX_ORDER = 4  # terms of a centre
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -48,6 +49,8 @@ def kind_of(codec: VectorCodec) -> int | None:
 def is_native(layer: KVLayer, head_dim: int) -> bool:
     """Whether the kernels read and write this layer's format; their Hadamard matrices have blocks of 8 and more."""
     fits = head_dim % 8 == 0 and head_dim <= _MAX_HEAD_DIM
+    centre = layer.plan.key_stats.centre
+    fits = fits and (centre is None or centre.coefficients.shape[1] <= _MAX_ORDER)
     return fits and None not in (kind_of(layer.format.key), kind_of(layer.format.value))
 
 

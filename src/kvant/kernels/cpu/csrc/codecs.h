@@ -269,4 +269,8 @@ inline void decode_vector(const Side& side, int head, int dim, Spot spot, float*
   }
 }
 
+inline void decode_eight(const Side& side, int head, int dim, Spot first, float* out) {
+  for (int i = 0; i < 8; ++i) decode_vector(side, head, dim, first + i, out + i * dim);
+}
+
 }  // namespace kvant::KVANT_ISA

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
 constexpr int64_t kUnitsPerThread = 8;
-constexpr int kPrefillRows = 96;       // query rows of a prefill unit: kTileRows of attention.h
+constexpr int kPrefillRows = 96;       // query rows of a prefill unit: kTileRows of prefill.h
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,4 +1,5 @@
 // The kernels as compiled for one instruction set, KVANT_ISA.
+#include "decode.h"
 #include "limits.h"
 #include "linear.h"
 #include "prefill.h"

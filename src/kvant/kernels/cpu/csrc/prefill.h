@@ -5,6 +5,8 @@
 
 namespace kvant::KVANT_ISA {
 
+constexpr int kTileRows = 96;  // query rows of a prefill unit
+
 template <int M, int NB>
 inline void product_tile(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int inner) {
   F8 acc[M][NB];
@@ -88,9 +90,8 @@ struct Rows {
     for (int token = first; token < last; ++token)
       for (int h = 0; h < shared; ++h, ++count) {
         const int64_t head = static_cast<int64_t>(at.kv_head) * shared + h;
-        Query query;
-        make_query(at, work.q + token * work.q_stride + head * at.dim, &query);
-        std::memcpy(inner + count * at.dim, query.inner, sizeof(float) * at.dim);
+        float raw[kMaxHeadDim];
+        make_query(at, work.q + token * work.q_stride + head * at.dim, raw, inner + count * at.dim);
       }
     std::fill(sums, sums + count * at.dim, 0.0f);
   }
@@ -101,15 +102,23 @@ struct Rows {
     std::fill(scores[0], scores[0] + count * kTile, 0.0f);
     add_product(inner, at.dim, keys, kTile, scores[0], kTile, count, at.dim, kTile);
     for (int row = 0; row < count; ++row) {
-      cap_scores(scores[row], at.shape.softcap);
       const int64_t base = it.tile * kTile, window = at.shape.window;
       const int64_t from = window ? std::max<int64_t>(it.from, position_of(row) - window + 1 - base) : it.from;
       const int64_t to = std::min<int64_t>(it.to, position_of(row) + 1 - base);
-      const float kept = softmax[row].fold(scores[row], static_cast<int>(std::min<int64_t>(from, kTile)),
-                                           static_cast<int>(std::max<int64_t>(to, 0)));
-      if (kept != 1) scale_row(sums + row * at.dim, at.dim, kept);
+      if (from < to) weigh(at, row, static_cast<int>(from), static_cast<int>(to));
+      else std::fill(scores[row], scores[row] + kTile, 0.0f);
     }
     add_product(scores[0], kTile, values, at.dim, sums, at.dim, count, kTile, at.dim);
+  }
+
+ private:
+  // Turns a row's scores of tokens [from, to) into weights, those of others into next to nothing.
+  void weigh(const Place& at, int row, int from, int to) {
+    cap_scores(scores[row], kTile, at.shape.softcap);
+    mask_scores(scores[row], from, to, kTile);
+    const float kept = softmax[row].raise(scores[row], kTile);
+    if (kept != 1) scale_row(sums + row * at.dim, at.dim, kept);
+    softmax[row].weigh(scores[row], kTile);
   }
 };
 
@@ -130,7 +139,7 @@ void attend_tile(const AttentionWork& work, int sequence, int first, int last, i
   }
   for (int row = 0; row < rows.count; ++row) {
     float* x = rows.sums + row * at.dim;
-    scale_row(x, at.dim, 1.0f / rows.softmax[row].total);
+    scale_row(x, at.dim, 1.0f / rows.softmax[row].total());
     finish_output(at, x);
     const int64_t head = static_cast<int64_t>(first + row / rows.shared) * at.shape.heads + kv_head * rows.shared + row % rows.shared;
     std::memcpy(work.out + head * at.dim, x, sizeof(float) * at.dim);

@@ -24,6 +24,7 @@ typedef float F8 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));
 typedef uint32_t U8 __attribute__((vector_size(32)));
 typedef int16_t S16 __attribute__((vector_size(32)));
+typedef uint16_t U16 __attribute__((vector_size(32)));
 typedef uint16_t H8 __attribute__((vector_size(16)));
 typedef uint8_t B32 __attribute__((vector_size(32)));
 typedef uint8_t B8 __attribute__((vector_size(8)));
@@ -152,6 +153,19 @@ inline F8 exponential(F8 x) {
   return x < all(-86.0f) ? all(0.0f) : p * power;
 }
 
+// 2^x to 2 units in the last place, for x of at most 126; below -125 it stays at 2^-125, since subnormal steps are slow.
+inline F8 power_of_two(F8 x) {
+  const F8 held = larger(x, all(-125.0f)), shifted = held + all(12582912.0f);
+  const F8 r = held - (shifted - all(12582912.0f));
+  F8 p = all(1.3276472e-3f);
+  p = p * r + all(9.6755410e-3f);
+  p = p * r + all(5.5507131e-2f);
+  p = p * r + all(2.4022120e-1f);
+  p = p * r + all(6.9314694e-1f);
+  p = p * r + all(1.0000001f);
+  return as<F8>(as<I8>(p) + (as<I8>(shifted) << 23));
+}
+
 inline F8 hyperbolic_tangent(F8 x) {
   F8 e = exponential(smaller(magnitude(x), all(20.0f)) * all(-2.0f));
   F8 t = (all(1.0f) - e) / (all(1.0f) + e);
@@ -172,6 +186,17 @@ inline void store_bytes(int8_t* p, I8 x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 #else
   typedef int8_t Narrow __attribute__((vector_size(8)));
+  store(p, __builtin_convertvector(x, Narrow));
+#endif
+}
+
+// Rounded values, each within int16, as eight words.
+inline void store_words(int16_t* p, I8 x) {
+#if defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+  store(p, _mm_packs_epi32(low, high));
+#else
+  typedef int16_t Narrow __attribute__((vector_size(16)));
   store(p, __builtin_convertvector(x, Narrow));
 #endif
 }

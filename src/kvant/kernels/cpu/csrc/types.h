@@ -10,6 +10,7 @@ constexpr int kGroup = 32;       // input columns that share one scale of the qu
 constexpr int kCentreTile = 64;  // positions that share one expansion of the keys' centre
 constexpr int kSinkSpan = 4;     // slots whose codes hold one sink in 16 bit
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxOrder = 4;     // terms of the centre's expansion
 
 enum WeightKind : int32_t { kWeightF32, kWeightF16, kWeightBF16, kWeightU4, kWeightU8 };
 

@@ -1,0 +1,338 @@
+// Attention of one new token to a part of the context: scores of all of its tokens, then, run by run, weights and sums.
+#pragma once
+
+#include "attention.h"
+
+namespace kvant::KVANT_ISA {
+
+// The query heads of one KV head that a unit attends with.
+struct Heads {
+  int count;
+  alignas(32) float raw[kMaxShared][kMaxHeadDim], inner[kMaxShared][kMaxHeadDim];
+  IntegerQuery codes[kMaxShared];
+  CentreQuery centre[kMaxShared];
+
+  Heads(const Place& at, const float* q, int heads) : count(heads) {
+    const bool integer = key_is_integer(at.layer.key, at.dim);
+    for (int h = 0; h < heads; ++h) {
+      make_query(at, q + h * at.dim, raw[h], inner[h]);
+      if (integer) quantize_query(at.layer.key, inner[h], at.dim, &codes[h]);
+      if (at.layer.key.centre) centre[h].make(at, raw[h]);
+    }
+  }
+};
+
+// Calls body(constant, first) for blocks of up to N heads.
+template <int N, class Body>
+inline void for_heads(int heads, Body body) {
+  for (int h = 0; h < heads; h += N) with_count<N>(std::min(N, heads - h), [&](auto n) { body(n, h); });
+}
+
+// Scores of a span's tokens under the heads, [heads][kPitch] from kPad on.
+struct Scores {
+  alignas(32) float all[kMaxShared * kPitch];
+  float* of(int h) { return all + h * kPitch + kPad; }
+
+  void compute(const Place& at, const Heads& heads, const Span& it) {
+    start(at, heads, it);
+    for (int i = 0; i < it.count; ++i) {
+      const Run& run = it.runs[i];
+      if (i + 1 < it.count) prefetch(at.layer.key, at.dim, it.runs[i + 1]);
+      prefetch(at.layer.value, at.dim, run);
+      if (!key_is_integer(at.layer.key, at.dim)) add_floats(at, heads, run);
+      else for_heads<kHeadsAtOnce>(heads.count, [&](auto n, int h) { add_codes<n()>(at, heads.codes + h, run, of(h)); });
+    }
+    for (int h = 0; h < heads.count; ++h) {
+      cap_scores(of(h), it.size, at.shape.softcap);
+      mask_scores(of(h), it.from, it.to, it.size);
+    }
+  }
+
+ private:
+  // The scores that the keys' centre makes, or none.
+  void start(const Place& at, const Heads& heads, const Span& it) {
+    if (!at.layer.key.centre) {
+      for (int h = 0; h < heads.count; ++h) std::fill(of(h), of(h) + it.size, 0.0f);
+      return;
+    }
+    const int64_t origin = it.first - at.layer.lead;  // the position of the span's first slot
+    const int64_t first = (origin + it.from) / kTile, last = (origin + it.to - 1) / kTile;
+    with_count<kMaxOrder>(at.layer.key.order, [&](auto order) {
+      float weights[kSpan / kTile + 2][kMaxShared][kMaxOrder];
+      for (int64_t tile = first; tile <= last; ++tile)
+        for (int h = 0; h < heads.count; ++h)
+          heads.centre[h].template weigh<order()>(at.layer, tile, weights[tile - first][h]);
+      for (int64_t tile = first; tile <= last; ++tile)
+        for (int h = 0; h < heads.count; ++h)
+          centre_scores<order()>(at.layer, weights[tile - first][h], of(h) + (tile * kTile - origin));
+    });
+  }
+
+  template <int N>
+  static void add_codes(const Place& at, const IntegerQuery* queries, const Run& run, float* scores) {
+    const Side& key = at.layer.key;
+    if (at.dim == 64) add_codes<N, 64>(key, at, queries, run, scores);
+    else if (at.dim == 128) add_codes<N, 128>(key, at, queries, run, scores);
+    else add_codes<N, 0>(key, at, queries, run, scores);
+  }
+
+  template <int N, int Dim>
+  static void add_codes(const Side& key, const Place& at, const IntegerQuery* queries, const Run& run, float* scores) {
+    const int head = at.kv_head, dim = at.dim;
+    if (key.kind == kVectorGrouped4 && key.groups == 2 && Dim)
+      return add_code_scores<N, kCodes4, Dim, 2>(key, head, dim, run, queries, scores);
+    switch (codes_of(key.kind)) {
+      case kCodes4: return add_code_scores<N, kCodes4, 0, 0>(key, head, dim, run, queries, scores);
+      case kUnsigned8: return add_code_scores<N, kUnsigned8, Dim, 1>(key, head, dim, run, queries, scores);
+      case kSigned8: return add_code_scores<N, kSigned8, 0, 1>(key, head, dim, run, queries, scores);
+    }
+  }
+
+  void add_floats(const Place& at, const Heads& heads, const Run& run) {
+    const Side& key = at.layer.key;
+    if (key.kind == kVectorF16) {
+      const uint16_t* keys = codes_at<uint16_t>(key, at.dim, run.spot);
+      for_heads<3>(heads.count, [&](auto n, int h) {
+        add_float_scores<n(), Halves>(keys, run.end - run.begin, at.dim, heads.inner[h], of(h) + run.begin);
+      });
+      return;
+    }
+    alignas(32) float keys[8 * kMaxHeadDim];
+    for (int t = run.begin; t < run.end; t += 8) {
+      decode_eight(key, at.kv_head, at.dim, run.spot + (t - run.begin), keys);
+      for_heads<3>(heads.count, [&](auto n, int h) {
+        add_float_scores<n(), Floats>(keys, 8, at.dim, heads.inner[h], of(h) + t);
+      });
+    }
+  }
+};
+
+// Weighted sums of values under the heads, in the order that the codes are mixed in.
+struct Mixed {
+  alignas(32) float sums[kMaxShared][kMaxHeadDim];
+  F8 shifts[kMaxShared][kMaxGroups];
+  Softmax softmax[kMaxShared];
+  bool integer;
+
+  Mixed(const Place& at, int heads) : integer(value_is_integer(at.layer.value, at.dim)) {
+    for (int h = 0; h < heads; ++h) {
+      std::fill(sums[h], sums[h] + at.dim, 0.0f);
+      std::fill(shifts[h], shifts[h] + kMaxGroups, all(0.0f));
+    }
+  }
+
+  void add(const Place& at, const Span& it, int heads, Scores& scores) {
+    for (int h = 0; h < heads; ++h) softmax[h].raise(scores.of(h), it.size);
+    if (!integer) return add_floats(at, it, heads, scores);
+    for (int i = 0; i < it.count; ++i) add_codes(at, it, it.runs[i], heads, scores);
+  }
+
+  // The sums in the order of the head's dims.
+  void collect(const Place& at, int h, float* out) const {
+    if (!integer) {
+      std::memcpy(out, sums[h], sizeof(float) * at.dim);
+      return;
+    }
+    const bool four_bits = is_4bit(at.layer.value.kind);
+    const int size = at.dim / groups_of(at.layer.value), apart = paired_dim(four_bits, 0, 1);
+    float group_shifts[kMaxGroups];
+    for (int g = 0; g < kMaxGroups; ++g) group_shifts[g] = sum(shifts[h][g]);
+    for (int i = 0; i < at.dim; i += 4) {  // a half of a vector has one group
+      const int first = paired_dim(four_bits, i / 8, i % 8);
+      const float shift = group_shifts[first / size];
+      for (int lane = 0; lane < 4; ++lane) out[first + lane * apart] = sums[h][i + lane] - shift;
+    }
+  }
+
+ private:
+  void add_floats(const Place& at, const Span& it, int heads, Scores& scores) {
+    const Side& value = at.layer.value;
+    for (int h = 0; h < heads; ++h) softmax[h].weigh(scores.of(h), it.size);
+    for (int i = 0; i < it.count; ++i) {
+      const int from = std::max(it.from, it.runs[i].begin), to = std::min(it.to, it.runs[i].end);
+      const Spot spot = it.runs[i].spot + (from - it.runs[i].begin);
+      if (value.kind == kVectorF16) {
+        const uint16_t* values = codes_at<uint16_t>(value, at.dim, spot);
+        for_heads<3>(heads, [&](auto n, int h) {
+          add_values<n(), Halves>(values, at.dim, to - from, scores.of(h) + from, sums[h]);
+        });
+        continue;
+      }
+      alignas(32) float values[8 * kMaxHeadDim];
+      for (int t = from; t < to; t += 8) {
+        const int count = std::min(8, to - t);
+        for (int j = 0; j < count; ++j)
+          decode_vector(value, at.kv_head, at.dim, spot + (t - from + j), values + j * at.dim);
+        for_heads<3>(heads, [&](auto n, int h) {
+          add_values<n(), Floats>(values, at.dim, count, scores.of(h) + t, sums[h]);
+        });
+      }
+    }
+  }
+
+  void add_codes(const Place& at, const Span& it, const Run& run, int heads, Scores& scores) {
+    const Side& value = at.layer.value;
+    const Steps steps(value, at.kv_head, run, it.from, it.to);
+    alignas(32) Weights weights[kMaxShared];
+    float units[kMaxShared];
+    with_count<kMaxGroups>(groups_of(value), [&](auto groups) {
+      with_tile(run.end - run.begin, [&](auto count) {
+        round_weights<groups()>(scores, steps, run.begin, count, heads, weights, units);
+      });
+    });
+    switch (codes_of(value.kind)) {
+      case kCodes4: return mix<kCodes4>(at, run, heads, weights, units);
+      case kUnsigned8: return mix<kUnsigned8>(at, run, heads, weights, units);
+      case kSigned8: return mix<kSigned8>(at, run, heads, weights, units);
+    }
+  }
+
+  template <Codes Kind>
+  void mix(const Place& at, const Run& run, int heads, const Weights* weights, const float* units) {
+    const uint8_t* rows = codes_at<uint8_t>(at.layer.value, at.dim, run.spot);
+    const int size = at.dim / groups_of(at.layer.value), tokens = run.end - run.begin;
+    for (int d = 0; d < at.dim; d += 32, rows += Kind == kCodes4 ? 16 : 32) {
+      const int g = d / size;
+      if (Kind == kCodes4 && size == 16) {
+        for (int h = 0; h < heads; ++h)
+          mix_halves(rows, at.dim, tokens, weights[h][g], weights[h][g + 1], units[h], sums[h] + d);
+        continue;
+      }
+      for_heads<kMixHeads>(heads, [&](auto n, int h) {
+        with_tile(tokens, [&](auto count) {
+          mix_rows<n(), Kind>(rows, at.dim, count, weights[h][g], kMaxGroups * kTile, units + h, sums[h] + d);
+        });
+      });
+    }
+  }
+
+  // Softmax weights times the codes' scales, rounded to multiples of the heads' units; what they make of the shifts is
+  // added up at once.
+  template <int Groups, class Count>
+  void round_weights(Scores& scores, const Steps& steps, int first, Count count, int heads, Weights* rounded,
+                     float* units) {
+    alignas(32) float scaled[kMaxShared][Groups][kTile];
+    for (int h = 0; h < heads; ++h)
+      units[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, h, scaled[h]) / kTopWeight;
+    for (int h = 0; h < heads; ++h) {
+      const F8 inverse = all(units[h] > 0 ? 1.0f / units[h] : 0.0f);
+      for (int g = 0; g < Groups; ++g)
+        for (int t = 0; t < count; t += 8) store_words(rounded[h][g] + t, to_int(load<F8>(scaled[h][g] + t) * inverse));
+    }
+  }
+
+  // Returns the largest.
+  template <int Groups, class Count>
+  float scale_weights(const float* scores, const Steps& steps, Count count, int h, float (*scaled)[kTile]) {
+    F8 top = all(0.0f), total = all(0.0f), shift[Groups] = {};
+    const F8 most = all(softmax[h].top);
+    for (int t = 0; t < count; t += 8) {
+      const F8 weight = power_of_two(load<F8>(scores + t) - most);
+      total += weight;
+      for (int g = 0; g < Groups; ++g) {
+        const F8 x = weight * load<F8>(steps.scale[g] + t);
+        shift[g] += weight * load<F8>(steps.shift[g] + t);
+        top = larger(top, x);
+        store(scaled[g] + t, x);
+      }
+    }
+    softmax[h].sums += total;
+    for (int g = 0; g < Groups; ++g) shifts[h][g] += shift[g];
+    return largest(top);
+  }
+};
+
+// The sinks' part of a decode: raw vectors in 16 bit, under a softmax of their own.
+struct Sinks {
+  Softmax softmax[kMaxShared];
+  float sums[kMaxShared][kMaxHeadDim];
+
+  void attend(const Place& at, const Heads& heads, int64_t from, int64_t to) {
+    const Spot first = at.spot(0);
+    for (int h = 0; h < heads.count; ++h) std::fill(sums[h], sums[h] + at.dim, 0.0f);
+    alignas(32) float key[kMaxHeadDim], value[kMaxHeadDim];
+    for (int64_t p = from; p < to; ++p) {
+      read_sink(at.layer.key, at.dim, first, p, key);
+      read_sink(at.layer.value, at.dim, first, p, value);
+      shape_vector(at.layer.value, at.layer, at.kv_head, at.dim, p, value);
+      for (int h = 0; h < heads.count; ++h) {
+        F8 dot = all(0.0f);
+        for (int i = 0; i < at.dim; i += 8) dot += load<F8>(key + i) * load<F8>(heads.raw[h] + i);
+        float score[8] = {sum(dot)};
+        cap_scores(score, 8, at.shape.softcap);
+        mask_scores(score, 0, 1, 8);
+        const float kept = softmax[h].raise(score, 8);
+        softmax[h].weigh(score, 8);
+        for (int i = 0; i < at.dim; i += 8)
+          store(sums[h] + i, load<F8>(sums[h] + i) * all(kept) + all(score[0]) * load<F8>(value + i));
+      }
+    }
+  }
+};
+
+// One part of a context: (top, total, sums [dim]) per head, for `attend_merge`.
+inline void store_partial(float* out, const Softmax& a, const float* x, const Softmax* b, const float* y, int dim) {
+  const float top = b ? std::max(a.top, b->top) : a.top;
+  const float left = a.top == kNever ? 0 : std::exp2(a.top - top);
+  const float right = !b || b->top == kNever ? 0 : std::exp2(b->top - top);
+  out[0] = top;
+  out[1] = a.total() * left + (b ? b->total() * right : 0.0f);
+  for (int i = 0; i < dim; ++i) out[2 + i] = x[i] * left + (b ? y[i] * right : 0.0f);
+}
+
+// Tokens [start, stop) of a sequence, for `heads` query heads of a KV head (at most kMaxShared) from `head` on.
+inline void attend_heads(const AttentionWork& work, const Place& at, int token, int head, int count, int split,
+                         int64_t start, int64_t stop) {
+  const Heads heads(at, work.q + token * work.q_stride + static_cast<int64_t>(head) * at.dim, count);
+  Mixed mixed(at, count);
+  Sinks sinks;
+  Scores scores;
+  const int64_t sunk = std::min<int64_t>(stop, at.layer.sinks);
+  const bool has_sinks = start < sunk;
+  if (has_sinks) sinks.attend(at, heads, start, sunk);
+  if (const int64_t from = std::max<int64_t>(start, at.layer.sinks); from < stop) {
+    const Span it(at, from, stop);
+    scores.compute(at, heads, it);
+    mixed.add(at, it, count, scores);
+  }
+  for (int h = 0; h < count; ++h) {
+    float sums[kMaxHeadDim];
+    mixed.collect(at, h, sums);
+    const int64_t row = static_cast<int64_t>(token) * at.shape.heads + head + h;
+    float* out = work.partials + (row * work.splits + split) * (at.dim + 2);
+    store_partial(out, mixed.softmax[h], sums, has_sinks ? &sinks.softmax[h] : nullptr, sinks.sums[h], at.dim);
+  }
+}
+
+// One new token of a sequence, all query heads of one KV head, kSplitTokens of the context.
+void attend_split(const AttentionWork& work, int sequence, int token, int kv_head, int split) {
+  const Place at(work, sequence, kv_head);
+  const int shared = at.shape.heads / at.shape.kv_heads;
+  const int64_t position = work.batch->positions[token];
+  const int64_t oldest = at.shape.window ? std::max<int64_t>(0, position - at.shape.window + 1) : 0;
+  const int64_t start = std::max<int64_t>(oldest, int64_t{split} * kSplitTokens);
+  const int64_t stop = std::min<int64_t>(position + 1, (int64_t{split} + 1) * kSplitTokens);
+  for (int base = 0; base < shared; base += kMaxShared)
+    attend_heads(work, at, token, kv_head * shared + base, std::min(kMaxShared, shared - base), split, start, stop);
+}
+
+// The parts of one head's context put together: its output.
+void attend_merge(const AttentionWork& work, int sequence, int token, int head) {
+  const Place at(work, sequence, head / (work.shape->heads / work.shape->kv_heads));
+  const int64_t row = static_cast<int64_t>(token) * at.shape.heads + head;
+  const int used = static_cast<int>(work.batch->positions[token] / kSplitTokens) + 1, stride = at.dim + 2;
+  const float* parts = work.partials + row * work.splits * stride;
+  float top = kNever, total = 0, sums[kMaxHeadDim] = {};
+  for (int s = 0; s < used; ++s) top = std::max(top, parts[s * stride]);
+  for (int s = 0; s < used; ++s) {
+    if (parts[s * stride] == kNever) continue;
+    const float weight = std::exp2(parts[s * stride] - top);
+    total += parts[s * stride + 1] * weight;
+    for (int i = 0; i < at.dim; ++i) sums[i] += parts[s * stride + 2 + i] * weight;
+  }
+  for (int i = 0; i < at.dim; ++i) sums[i] /= total;
+  finish_output(at, sums);
+  std::memcpy(work.out + row * at.dim, sums, sizeof(float) * at.dim);
+}
+
+}  // namespace kvant::KVANT_ISA

@@ -1,0 +1,84 @@
+// Where a sequence's tokens lie: tiles of the context by position, spans of it by slot.
+#pragma once
+
+#include "codecs.h"
+
+namespace kvant::KVANT_ISA {
+
+constexpr int kTile = kCentreTile;
+constexpr int kSpan = kSplitTokens + 8;  // slots of a decode's unit, in whole eights
+
+struct Place {
+  const KvLayer& layer;
+  const AttentionShape& shape;
+  const int64_t* table;
+  int kv_head;
+  int dim;
+
+  Place(const AttentionWork& work, int sequence, int head)
+      : layer(*work.cache), shape(*work.shape),
+        table(work.batch->block_tables + static_cast<int64_t>(sequence) * work.batch->table_width), kv_head(head),
+        dim(work.shape->head_dim) {}
+
+  // The slot that the sequence's slots have this number in.
+  Spot spot(int64_t number) const {
+    return {table[number / layer.block_size], kv_head * layer.block_size + static_cast<int>(number % layer.block_size)};
+  }
+};
+
+// Slots [begin, end) of a tile or span that lie together in memory.
+struct Run {
+  int begin, end;
+  Spot spot;
+};
+
+// Runs, of at most kTile slots, of the sequence's slots from number `first` on, for offsets [from, to) from there.
+inline int find_runs(const Place& at, int64_t first, int from, int to, Run* runs) {
+  int count = 0;
+  for (int t = from; t < to; t = runs[count++].end) {
+    const int64_t number = first + t;
+    const int left = at.layer.block_size - static_cast<int>(number % at.layer.block_size);
+    runs[count] = {t, std::min({to, t + left, t + kTile}), at.spot(number)};
+  }
+  return count;
+}
+
+inline void prefetch(const Side& side, int dim, const Run& run) {
+  const int64_t tokens = run.end - run.begin, bytes = tokens * code_bytes(side, dim), words = 2 * tokens * meta_words(side);
+  const char* codes = codes_at<char>(side, dim, run.spot);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + b);
+  const char* meta = reinterpret_cast<const char*>(meta_at(side, run.spot));
+  for (int64_t b = 0; b < words; b += 64) __builtin_prefetch(meta + b);
+}
+
+// Tokens [from, to) of a tile of positions.
+struct TileRows {
+  int64_t tile;
+  int from, to, count;
+  Run runs[kTile / 8 + 1];
+
+  TileRows(const Place& at, int64_t first, int64_t start, int64_t stop)
+      : tile(first / kTile), from(static_cast<int>(start - first)), to(static_cast<int>(stop - first)),
+        count(find_runs(at, first + at.layer.lead, from, to, runs)) {}
+
+  Spot spot(int t) const {
+    int i = 0;
+    while (runs[i].end <= t) ++i;
+    return runs[i].spot + (t - runs[i].begin);
+  }
+};
+
+// The slots of tokens [start, stop) of a sequence, at most kSplitTokens, in whole eights, which no block's end divides;
+// of them, [from, to) are those of the tokens. The others hold anything.
+struct Span {
+  int64_t first;
+  int from, to, size, count;
+  Run runs[kSpan / 8];
+
+  Span(const Place& at, int64_t start, int64_t stop)
+      : first((start + at.layer.lead) & ~int64_t{7}), from(static_cast<int>(start + at.layer.lead - first)),
+        to(static_cast<int>(stop + at.layer.lead - first)), size((to + 7) & ~7),
+        count(find_runs(at, first, 0, size, runs)) {}
+};
+
+}  // namespace kvant::KVANT_ISA

@@ -1,0 +1,74 @@
+// What a vector's codes mean: x = code * scale - shift.
+#pragma once
+
+#include "rows.h"
+
+namespace kvant::KVANT_ISA {
+
+constexpr int kMaxGroups = 4;
+
+inline bool is_4bit(int32_t kind) { return kind == kVectorGrouped4 || kind == kVectorAffine4; }
+inline bool is_integer(int32_t kind) { return kind >= kVectorAffine8; }
+inline bool is_signed(int32_t kind) { return kind == kVectorSymmetric8 || kind == kVectorStatic8; }
+inline int groups_of(const Side& side) { return side.kind == kVectorGrouped4 ? side.groups : 1; }
+
+// Of one group of eight vectors.
+struct Step8 {
+  F8 scale, shift;
+};
+
+inline Step8 split_words(U8 words) {
+  const F8 scale = as<F8>((words & 0xffc0) << 12) * all(0x1p112f);
+  return {scale, scale * (to_float(as<I8>(words & 63)) * all(0.125f) + all(7.5f - 4.0f))};
+}
+
+// The words of group `group` of eight vectors, `width` words each.
+inline U8 words_of(const uint16_t* words, int width, int group) {
+  if (width == 2) return group ? load<U8>(words) >> 16 : load<U8>(words) & 0xffff;
+  U8 lanes;
+  for (int i = 0; i < 8; ++i) lanes[i] = words[i * width + group];
+  return lanes;
+}
+
+// Steps of a group of eight vectors whose words are given.
+inline Step8 read_steps(const Side& side, int kv_head, const uint16_t* words, int group) {
+  switch (side.kind) {
+    case kVectorGrouped4: return split_words(words_of(words, side.groups, group));
+    case kVectorSymmetric8: return {load_half(words), all(0.0f)};
+    case kVectorStatic8: return {all(side.scale[kv_head]), all(0.0f)};
+    default: return {widen_halves(words_of(words, 2, 0)), -widen_halves(words_of(words, 2, 1))};
+  }
+}
+
+// Steps of a run's vectors; 0 for those outside of the span [from, to), whose words may be anything.
+struct Steps {
+  alignas(32) float scale[kMaxGroups][kTile], shift[kMaxGroups][kTile];
+
+  Steps(const Side& side, int kv_head, const Run& run, int from, int to) {
+    const int groups = groups_of(side);
+    if (side.kind == kVectorGrouped4 && groups == 2)
+      fill(side, run, groups, [](const uint16_t* words, int g) { return split_words(words_of(words, 2, g)); });
+    else
+      fill(side, run, groups, [&](const uint16_t* words, int g) { return read_steps(side, kv_head, words, g); });
+    for (int g = 0; g < groups; ++g)
+      for (float* x : {scale[g], shift[g]}) {
+        std::fill(x, x + std::max(0, from - run.begin), 0.0f);
+        std::fill(x + std::min(to, run.end) - run.begin, x + run.end - run.begin, 0.0f);
+      }
+  }
+
+ private:
+  template <class Read>
+  void fill(const Side& side, const Run& run, int groups, Read read) {
+    const int width = meta_words(side);
+    const uint16_t* words = meta_at(side, run.spot);
+    for (int t = 0; t < run.end - run.begin; t += 8, words += 8 * width)
+      for (int g = 0; g < groups; ++g) {
+        const Step8 step = read(words, g);
+        store(scale[g] + t, step.scale);
+        store(shift[g] + t, step.shift);
+      }
+  }
+};
+
+}  // namespace kvant::KVANT_ISA
