@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
 constexpr int64_t kUnitsPerThread = 8;
-constexpr int kPrefillRows = 96;       // query rows of a prefill unit: kTileRows of prefill.h
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -146,11 +145,11 @@ void Step::write_head(const KvLayer& cache, const AttentionShape& shape, const B
 
 // Units of attention: for decodes a token, a KV head and a split; for prompts a tile of tokens and a KV head.
 int64_t Step::plan(const AttentionShape& shape, const Batch& batch, int splits, Unit* units, bool decodes) {
-  const int shared = shape.heads / shape.kv_heads, tile = std::max(1, kPrefillRows / shared);
+  const int shared = shape.heads / shape.kv_heads, tile = std::max(1, kTileRows / shared);
   int64_t count = 0;
   for (int s = 0; s < batch.sequences; ++s) {
     const int start = static_cast<int>(batch.query_starts[s]), stop = static_cast<int>(batch.query_starts[s + 1]);
-    const bool few = (stop - start) * shared <= kFewRows || stop - start == 1 || shared > kPrefillRows;
+    const bool few = (stop - start) * shared <= kFewRows || stop - start == 1 || shared > kTileRows;
     if (few != decodes) continue;
     for (int head = 0; head < shape.kv_heads; ++head) {
       if (few) {

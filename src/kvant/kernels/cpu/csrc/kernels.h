@@ -76,6 +76,7 @@ struct Kernels {
 };
 
 constexpr int kSplitTokens = 512;  // of the context that one unit of a decode attends to
+constexpr int kTileRows = 96;      // query rows that a unit of a prefill attends with, at most
 
 const Kernels& generic_kernels();
 const Kernels& avx2_kernels();

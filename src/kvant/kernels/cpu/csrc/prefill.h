@@ -5,8 +5,6 @@
 
 namespace kvant::KVANT_ISA {
 
-constexpr int kTileRows = 96;  // query rows of a prefill unit
-
 template <int M, int NB>
 inline void product_tile(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int inner) {
   F8 acc[M][NB];
