@@ -57,7 +57,7 @@ def test_harm_is_the_share_that_changes_one_layer_later(scene, kind, last):
     linear, ops = layer.linears[kind], ReferenceOps()
     weight = linear.weight.dequantize(torch.float32)
     changed = type(linear.weight).dense(weight + 0.3 * weight.roll(1, 0))
-    trial = Trial.of(scene.reader, 0, layer, following, scene.hidden)
+    trial = Trial(scene.reader, 0, layer, following, scene.hidden)
     found = trial.harm({kind: lambda x: ops.linear(x.float(), ops.prepare(changed), linear.bias)})
     wanted = scene.after(layer, following)
     there = scene.after(layer.with_linears(**{kind: Linear(changed, linear.bias)}), following)
@@ -68,8 +68,15 @@ def test_harm_is_the_share_that_changes_one_layer_later(scene, kind, last):
 
 def test_what_stays_as_it_was_does_no_harm(scene):
     layer, following = scene.layers
-    trial = Trial.of(scene.reader, 0, layer, following, scene.hidden)
+    trial = Trial(scene.reader, 0, layer, following, scene.hidden)
     assert trial.harm({}) == 0.0
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_result_that_is_no_number_is_the_worst(scene, last):
+    layer, following = scene.layers
+    trial = Trial(scene.reader, 0, layer, None if last else following, scene.hidden)
+    assert trial.harm({"down": lambda x: torch.full_like(scene.hidden, torch.nan)}) == torch.inf
 
 
 def test_a_huge_token_counts_as_much_as_any_other(scene):
@@ -83,5 +90,5 @@ def test_a_huge_token_counts_as_much_as_any_other(scene):
     def worse(x):
         return 1.2 * ops.linear(x.float(), prepared, linear.bias)
 
-    plain, huge = (Trial.of(scene.reader, 1, layer, None, it).harm({"down": worse}) for it in (scene.hidden, hidden))
+    plain, huge = (Trial(scene.reader, 1, layer, None, it).harm({"down": worse}) for it in (scene.hidden, hidden))
     assert huge > 0.5 * plain

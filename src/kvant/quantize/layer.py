@@ -89,7 +89,7 @@ class LayerQuantizer:
             NotFiniteError: a linear's inputs are not finite.
         """
         stored, reports, settled = layer, [], dict[str, Product]()
-        trial = Trial.of(self.reader, index, layer, following, texts[-1][-self.reader.length :].clone())
+        trial = Trial(self.reader, index, layer, following, texts[-1][-self.reader.length :].clone())
         running = [self.reader.products(index, layer, texts.pop(0)) for _ in range(len(texts))]
         inputs = [proceed(products, None) for products in running]
         for kind, linear in layer.linears.items():

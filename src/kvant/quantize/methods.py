@@ -121,13 +121,18 @@ def _smoothquant(problem: Problem) -> Solution:
     return Solution("smoothquant", replace(weight, inputs=InputCodes()), scale)
 
 
+def _plain_scaled(problem: Problem, scale: Tensor) -> Solution:
+    weight = problem.weight * scale
+    grid = Grid.plain(problem.spec, weight)
+    return Solution("awq", grid.pack(grid.codes(weight)), scale)
+
+
 def _awq(problem: Problem) -> Solution:
     """AWQ's factors as they suit plain ranges, then ranges; or none, where they are of no use."""
     contenders = [_rtn(problem)]
     if problem.settled is not None:
         scales = awq_scales(problem.weight, problem.inputs, problem.spec.group_size, problem.ties)
-        settled = map(problem.settled, scales)
-        scaled = problem.least_harmful(replace(_plain(problem.scaled(scale)), scale=scale) for scale in settled)
+        scaled = problem.least_harmful(_plain_scaled(problem, problem.settled(scale)) for scale in scales)
         assert scaled.scale is not None
         contenders += (scaled, replace(_rtn(problem.scaled(scaled.scale)), scale=scaled.scale))
     return replace(problem.least_harmful(contenders), method="awq")

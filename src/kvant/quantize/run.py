@@ -1,8 +1,8 @@
 """Quantizing a model: one layer after the other is read, quantized and written, and the texts go on to the next.
 
-In memory are one layer, the statistics of one of its linears, and the hidden states of all texts. Beside the texts that
-layers are quantized on goes an unseen one, through the layers as they were and as they have become: it tells what the
-quantization costs.
+In memory are one layer and the next, the statistics of one linear, and the hidden states of all texts. Beside the texts
+that layers are quantized on goes an unseen one, through the layers as they were and as they have become: it tells what
+the quantization costs.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -144,10 +143,14 @@ class _Run:
         begun -= run.seconds
         count = len(self.spec.layers)
         progress(run.layer, count)
-        for index, read, following in self._layers(run.layer):
-            streams, layer = self._layer(index, read, following, run.streams)
-            self.checkpoint.write(index + 2, self.stored.layer(index, layer.weights))
-            run = Unfinished(index + 1, streams, run.reports + layer.linears, time.monotonic() - begun)
+        following = self._read(run.layer)
+        for index in range(run.layer, count):
+            layer = following  # before the next is read: no more than two are held
+            following = self._read(index + 1)
+            assert layer is not None
+            streams, result = self._layer(index, layer, following, run.streams)
+            self.checkpoint.write(index + 2, self.stored.layer(index, result.weights))
+            run = Unfinished(index + 1, streams, run.reports + result.linears, time.monotonic() - begun)
             run.save(self.checkpoint.partial, self.settings)
             progress(index + 1, count)
         scores = unseen_scores(self.loader, run.streams.original, run.streams.quantized, texts.unseen)
@@ -194,12 +197,9 @@ class _Run:
         name = names.embedding if spec.tied_embeddings else names.head
         return read_vector(self.source, f"{name}.bias", spec.vocab_size, self.stored.dtype)
 
-    def _layers(self, first: int) -> Iterator[tuple[int, LayerWeights, LayerWeights | None]]:
-        """The layers from one on, each with the one after it."""
-        layers = map(self.loader.layer, range(first, len(self.spec.layers)))
-        for index, (layer, following) in enumerate(pairwise(chain(layers, [None])), start=first):
-            assert layer is not None
-            yield index, layer, following
+    def _read(self, index: int) -> LayerWeights | None:
+        """A layer as it is stored; None after the last."""
+        return self.loader.layer(index) if index < len(self.spec.layers) else None
 
     def _layer(
         self, index: int, layer: LayerWeights, following: LayerWeights | None, streams: Streams
@@ -228,10 +228,10 @@ class _Run:
 
     def _folds(self, index: int, layer: LayerWeights, hidden: Tensor) -> dict[str, Fold]:
         sample = hidden[: min(_TRIAL_TOKENS, self.reader.length)]
-        trial = Reader.of(self.spec, UnpreparedOps(), 1, len(sample))
+        reader = Reader.of(self.spec, UnpreparedOps(), 1, len(sample))
         stored = self.stored
         return find_folds(
-            layer, stored.spec, stored.dtype, lambda changed: trial.layer(index, changed, sample) - sample
+            layer, stored.spec, stored.dtype, lambda changed: reader.layer(index, changed, sample) - sample
         )
 
     def _specs(self, index: int, layer: LayerWeights) -> dict[str, GridSpec]:

@@ -7,12 +7,14 @@ attention of the next layer that minds. Once that has run, errors rank as they d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from torch import Tensor
 
+from kvant.errors import NotFiniteError
 from kvant.models.layers import LayerWeights
 from kvant.quantize.chunked import ChunkedOps, fast_dtype
 from kvant.quantize.reader import Reader, prepared, proceed
@@ -22,55 +24,57 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Trial:
-    """A layer, the one after it, and some texts.
+    """A layer, the one after it, and some texts; what results are compared with is computed when it is first needed.
 
     Attributes:
         reader: that runs both.
         index: of the layer.
-        layers: it, and the one after it if there is one, with prepared weights.
+        layer: its weights, dense and not prepared.
+        following: the next one's, the same; None after the last.
         hidden: what the texts are before it, [tokens, hidden].
-        expected: what they are for the next layer's MLP, [tokens, hidden] float32; after the last layer, when it ends.
     """
 
     reader: Reader
     index: int
-    layers: tuple[LayerWeights, ...]
+    layer: LayerWeights
+    following: LayerWeights | None
     hidden: Tensor
-    expected: Tensor
-
-    @classmethod
-    def of(
-        cls, reader: Reader, index: int, layer: LayerWeights, following: LayerWeights | None, hidden: Tensor
-    ) -> Trial:
-        """Of layers as they are read: dense, not prepared."""
-        ops = ChunkedOps(fast_dtype())
-        layers = tuple(prepared(it, ops) for it in (layer, following) if it is not None)
-        return cls(reader, index, layers, hidden, _outcome(reader, index, layers, hidden, {}))
 
     def harm(self, products: Mapping[str, Product]) -> float:
-        """What share of what a token is its change is, in squares, the mean of all tokens.
+        """What share of what a token is its change is, in squares, the mean of all tokens; infinite if there is none.
 
-        A token counts by its share, since a norm follows, and since the first ones are thousands of times as large.
+        That is what it is for the next layer's MLP; after the last layer, when that ends. A token counts by its share,
+        since a norm follows, and since the first ones are thousands of times as large.
 
         Args:
             products: how some of the layer's linears are computed, by name; the others are as they were.
         """
-        changed = _outcome(self.reader, self.index, self.layers, self.hidden, products)
-        energy = self.expected.square().sum(1).clamp(min=1e-30)
-        return float(((changed - self.expected).square().sum(1) / energy).mean())
+        energy = self._expected.square().sum(1).clamp(min=1e-30)
+        try:
+            change = (self._outcome(products) - self._expected).square().sum(1)
+        except NotFiniteError:
+            return math.inf
+        share = float((change / energy).mean())
+        return share if math.isfinite(share) else math.inf
 
+    @cached_property
+    def _prepared(self) -> tuple[LayerWeights, ...]:
+        ops = ChunkedOps(fast_dtype())
+        return tuple(prepared(layer, ops) for layer in (self.layer, self.following) if layer is not None)
 
-def _outcome(
-    reader: Reader, index: int, layers: tuple[LayerWeights, ...], hidden: Tensor, products: Mapping[str, Product]
-) -> Tensor:
-    changed, *following = layers
-    running = reader.products(index, changed, hidden)
-    x = proceed(running, None)
-    for kind, linear in changed.linears.items():
-        x = proceed(running, products.get(kind, partial(linear, reader.ops))(x))
-    for layer in following:
-        running = reader.products(index + 1, layer, x)
+    @cached_property
+    def _expected(self) -> Tensor:
+        return self._outcome({})
+
+    def _outcome(self, products: Mapping[str, Product]) -> Tensor:
+        reader, (changed, *following) = self.reader, self._prepared
+        running = reader.products(self.index, changed, self.hidden)
         x = proceed(running, None)
-        for linear in (layer.attention.qkv, layer.attention.out):
-            x = proceed(running, linear(reader.ops, x))
-    return x.float()
+        for kind, linear in changed.linears.items():
+            x = proceed(running, products.get(kind, partial(linear, reader.ops))(x))
+        for layer in following:
+            running = reader.products(self.index + 1, layer, x)
+            x = proceed(running, None)
+            for linear in (layer.attention.qkv, layer.attention.out):
+                x = proceed(running, linear(reader.ops, x))
+        return x.float()

@@ -25,6 +25,7 @@ from kvant.kernels.ops import AttentionBatch, AttentionShape
 
 _MAX_HEAD_DIM = 256
 _MAX_ORDER = 4  # terms of a centre
+_MAX_GROUPS = 4  # of a vector's codes
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -37,7 +38,7 @@ def kind_of(codec: VectorCodec) -> int | None:
             return _FLOATS.get(dtype)
         case AffineCodec(bits=bits):
             return 3 if bits == 8 else 4
-        case GroupedCodec():
+        case GroupedCodec(groups=groups) if groups <= _MAX_GROUPS:
             return 5
         case SymmetricCodec():
             return 6

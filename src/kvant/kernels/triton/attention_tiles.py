@@ -256,8 +256,9 @@ def attend_tiles(
     shifted = tl.zeros([TILE, ROWS, V_GROUPS if V_STEPS == "words" else 1], tl.float32)
     sum0 = tl.zeros([V_WIDTH, ROWS * V_PARTS], tl.float32)
     sum1, sum2, sum3 = sum0, sum0, sum0
-    # Steps are small: their products with weights, 2^LIFT times as large as they are, are not too small for float16.
-    LIFT: tl.constexpr = 4 if V_STEPS != "none" and V_STEPS != "static" else 0
+    # Steps are small: their products with weights, 2^LIFT times as large as they are, are not too small for float16,
+    # and not too large while a step is below 256.
+    LIFT: tl.constexpr = 8 if V_STEPS != "none" and V_STEPS != "static" else 0
     for start in range(tl.where(low < end, begin, end), end, TILE):
         numbers = start + tl.arange(0, TILE)[:, None]
         kept = (numbers >= low) & (numbers < end)

@@ -32,7 +32,8 @@ inline void finish_output(const Place& at, float* x) {
   if (!value.shaped) return;
   hadamard(x, at.dim);
   if (value.balance)
-    for (int i = 0; i < at.dim; i += 8) store(x + i, load<F8>(x + i) / load<F8>(value.balance + at.kv_head * at.dim + i));
+    for (int i = 0; i < at.dim; i += 8)
+      store(x + i, load<F8>(x + i) / load<F8>(value.balance + at.kv_head * at.dim + i));
 }
 
 inline void cap_scores(float* scores, int count, float cap) {
@@ -98,7 +99,8 @@ struct Softmax {
 
   float total() const { return sum(sums); }
 
-  // Takes note of more scores, a multiple of 8, one of them not kNever; returns what earlier sums are to be multiplied by.
+  // Takes note of more scores, a multiple of 8, one of them not kNever; returns what earlier sums are to be multiplied
+  // by.
   float raise(const float* scores, int count) {
     F8 tops = load<F8>(scores);
     for (int t = 8; t < count; t += 8) tops = larger(tops, load<F8>(scores + t));

@@ -107,8 +107,8 @@ inline void encode_affine(const float* x, int dim, int bits, uint8_t* out, uint1
     for (int i = 0; i < dim; ++i) out[i] = static_cast<uint8_t>(codes[i]);
 }
 
-// 4-bit codes of x / scale + shift, each rounding's error handed on to the elements that follow, where there is feedback.
-// Eight elements at a time are rounded one by one, then what they make of the others is added up at once.
+// 4-bit codes of x / scale + shift, each rounding's error handed on to the elements that follow, where there is
+// feedback. Eight elements at a time are rounded one by one, then what they make of the others is added up at once.
 inline void round4(float* x, const float* scale, const float* shift, const float* feedback, int dim, float* codes) {
   for (int first = 0; first < dim; first += 8) {
     float errors[8];

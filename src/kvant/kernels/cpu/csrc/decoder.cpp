@@ -84,8 +84,8 @@ void Step::linear(const Linear& linear, const float* x, int64_t tokens, float* o
   multiply(linear, inputs(linear.weight, x, tokens, [](int64_t) {}), tokens, out);
 }
 
-// The inputs of `down`, narrow [tokens, n]: the activations of gate_up's products, wide [tokens, 2n]. With as many streams
-// in the gates as in what they gate, a step has both halves of the same columns.
+// The inputs of `down`, narrow [tokens, n]: the activations of gate_up's products, wide [tokens, 2n]. With as many
+// streams in the gates as in what they gate, a step has both halves of the same columns.
 Input Step::gated_inputs(const Model& model, const Layer& layer, const Input& in, int64_t tokens, float* wide,
                          float* narrow) {
   const Weight& down = layer.down.weight;
@@ -154,7 +154,8 @@ int64_t Step::plan(const AttentionShape& shape, const Batch& batch, int splits, 
     for (int head = 0; head < shape.kv_heads; ++head) {
       if (few) {
         for (int t = start; t < stop; ++t)
-          for (int split = 0; split <= batch.positions[t] / kSplitTokens && split < splits; ++split) units[count++] = {s, t, t + 1, head, split};
+          for (int split = 0; split <= batch.positions[t] / kSplitTokens && split < splits; ++split)
+            units[count++] = {s, t, t + 1, head, split};
       } else {
         for (int t = start; t < stop; t += tile) units[count++] = {s, t, std::min(stop, t + tile), head, 0};
       }
@@ -171,7 +172,9 @@ void Step::attention(const KvLayer& cache, const AttentionShape& shape, const Ba
   Unit* units = turn_.arena().take<Unit>(int64_t{batch.tokens} * shape.kv_heads * splits);
   const int64_t tiles = plan(shape, batch, splits, units, false);
   AttentionWork work{&cache, &shape, &batch, q, stride, out, nullptr, splits};
-  turn_.run(tiles, [&](int64_t i) { k_.attend_tile(work, units[i].sequence, units[i].first, units[i].last, units[i].kv_head); });
+  turn_.run(tiles, [&](int64_t i) {
+    k_.attend_tile(work, units[i].sequence, units[i].first, units[i].last, units[i].kv_head);
+  });
   const int64_t parts = plan(shape, batch, splits, units, true);
   if (!parts) return;
   work.partials = turn_.arena().take<float>(int64_t{batch.tokens} * shape.heads * splits * (shape.head_dim + 2));
@@ -190,7 +193,8 @@ void Step::attention(const KvLayer& cache, const AttentionShape& shape, const Ba
 }
 
 // Norms and rotates one head's vector, a query's or a key's.
-void Step::rotate(const Layer& layer, const Model& model, const Rotary* rotaries, int64_t t, const float* norm, float* x) {
+void Step::rotate(const Layer& layer, const Model& model, const Rotary* rotaries, int64_t t, const float* norm,
+                  float* x) {
   const int dim = layer.attention.head_dim;
   if (norm) k_.rms_norm_row(x, norm, model.eps, dim, x);
   if (layer.rope < 0) return;

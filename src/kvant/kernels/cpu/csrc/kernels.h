@@ -5,8 +5,8 @@
 
 namespace kvant {
 
-// A row of a linear layer's inputs in 8 bits, with what its products with codes need: x = code * scale. All but the codes
-// of its groups lie `stride` apart: between them lie those of the other rows.
+// A row of a linear layer's inputs in 8 bits, with what its products with codes need: x = code * scale. All but the
+// codes of its groups lie `stride` apart: between them lie those of the other rows.
 struct QuantizedRow {
   int8_t* codes;       // [padded]
   float* scales;       // [padded / 32]
@@ -35,8 +35,9 @@ struct Input {
   }
 };
 
-// A matrix's row blocks as streams that are read side by side, each on and on, which is what a CPU's prefetchers are good
-// at: step i is the blocks i, i + stride, i + 2 * stride, ... The blocks that are left over are steps of their own.
+// A matrix's row blocks as streams that are read side by side, each on and on, which is what a CPU's prefetchers are
+// good at: step i is the blocks i, i + stride, i + 2 * stride, ... The blocks that are left over are steps of their
+// own.
 struct Streams {
   int width, stride, steps;
   Streams(int blocks, int streams)

@@ -10,7 +10,8 @@ constexpr int kPad = kTile;       // floats before and behind a span's scores th
 constexpr int kPitch = kPad + kSpan + kPad;
 constexpr int kHeadsAtOnce = 8;
 
-// A query for integer dots. Codes: in 8 bits the even ones of eight dims, then the odd ones; in 15 bits dims 0, 2, 1, 3.
+// A query for integer dots. Codes: in 8 bits the even ones of eight dims, then the odd ones; in 15 bits dims 0, 2, 1,
+// 3.
 struct IntegerQuery {
   alignas(32) int8_t narrow[kMaxHeadDim];
   alignas(32) int16_t wide[kMaxHeadDim];

@@ -20,7 +20,8 @@ inline int64_t read_limit(const void* data, int64_t bytes) {
   return sum(total) ? 4 * quarter : 4 * quarter + 1;
 }
 
-// Products of unsigned 4-bit numbers (`data`'s first 32 bytes) with signed 8-bit numbers, added up; 2 operations a product.
+// Products of unsigned 4-bit numbers (`data`'s first 32 bytes) with signed 8-bit numbers, added up; 2 operations a
+// product.
 inline int64_t dot_limit(const void* data, int64_t rounds) {
   const B32 s = load<B32>(static_cast<const uint8_t*>(data) + 32);
   I8 total = all(0);

@@ -62,8 +62,8 @@ inline F8 bias_of(const Weight& w, int64_t at, F8 scale) {
 template <bool Biased, int Parts>
 constexpr bool kStarted = !Biased && Parts == 1;
 
-// What a group's dots make of the result: acc += dots * scale * step, less its zero point, or plus its bias. `row` is the
-// token's, moved on to the group.
+// What a group's dots make of the result: acc += dots * scale * step, less its zero point, or plus its bias. `row` is
+// the token's, moved on to the group.
 template <int Bits, bool Biased, int Parts>
 inline void add_group(F8& acc, I8 total, F8 scale, F8 bias, const QuantizedRow& row, int m, int part) {
   const F8 step = all(row.scales[m]);
@@ -170,8 +170,8 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
       store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
 }
 
-// Row blocks' codes as one nibble a byte, for tokens enough to pay for it: [group][nibble][8 steps of 4 columns][NB][32].
-// It pays from three tiles of tokens on: up to two, a tile unpacks for itself.
+// Row blocks' codes as one nibble a byte, for tokens enough to pay for it: [group][nibble][8 steps of 4
+// columns][NB][32]. It pays from three tiles of tokens on: up to two, a tile unpacks for itself.
 constexpr int kPanelTokens = 2 * kTileTokens + 1;
 constexpr int kPanelGroups = 32;  // 4-bit groups of a panel, so that it stays in the nearest cache; half as many of 8 bits
 

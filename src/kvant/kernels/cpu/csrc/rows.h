@@ -44,7 +44,8 @@ inline int find_runs(const Place& at, int64_t first, int from, int to, Run* runs
 }
 
 inline void prefetch(const Side& side, int dim, const Run& run) {
-  const int64_t tokens = run.end - run.begin, bytes = tokens * code_bytes(side, dim), words = 2 * tokens * meta_words(side);
+  const int64_t tokens = run.end - run.begin;
+  const int64_t bytes = tokens * code_bytes(side, dim), words = 2 * tokens * meta_words(side);
   const char* codes = codes_at<char>(side, dim, run.spot);
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + b);
   const char* meta = reinterpret_cast<const char*>(meta_at(side, run.spot));

@@ -76,7 +76,8 @@ inline float sum(F8 x) {
 // The four vectors' sums, in the order given.
 inline void sums4(const F8 (&x)[4], float* out) {
 #if defined(__AVX2__)
-  const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps((__m256)x[0], (__m256)x[1]), _mm256_hadd_ps((__m256)x[2], (__m256)x[3]));
+  const __m256 low = _mm256_hadd_ps((__m256)x[0], (__m256)x[1]), high = _mm256_hadd_ps((__m256)x[2], (__m256)x[3]);
+  const __m256 both = _mm256_hadd_ps(low, high);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
 #else
   for (int i = 0; i < 4; ++i) out[i] = sum(x[i]);
@@ -153,7 +154,8 @@ inline F8 exponential(F8 x) {
   return x < all(-86.0f) ? all(0.0f) : p * power;
 }
 
-// 2^x to 2 units in the last place, for x of at most 126; below -125 it stays at 2^-125, since subnormal steps are slow.
+// 2^x to 2 units in the last place, for x of at most 126; below -125 it stays at 2^-125, since subnormal steps are
+// slow.
 inline F8 power_of_two(F8 x) {
   const F8 held = larger(x, all(-125.0f)), shifted = held + all(12582912.0f);
   const F8 r = held - (shifted - all(12582912.0f));
@@ -172,8 +174,8 @@ inline F8 hyperbolic_tangent(F8 x) {
   return x != x ? x : x < all(0.0f) ? -t : t;
 }
 
-// Eight 4-bit codes from the low halves of four bytes and their high halves, in the order of `_paired`: element 2i in the
-// low nibble of byte i.
+// Eight 4-bit codes from the low halves of four bytes and their high halves, in the order of `_paired`: element 2i in
+// the low nibble of byte i.
 inline I8 nibbles(const uint8_t* p) {
   const I8 bytes = all(load<int32_t>(p));
   return as<I8>(as<U8>(bytes) >> U8{0, 4, 8, 12, 16, 20, 24, 28}) & all(15);

@@ -78,14 +78,6 @@ constexpr int row_bytes(int dim) {
   return Kind == kCodes4 ? dim / 2 : dim;
 }
 
-// A step of a sum that gcc shall do here and now: else it collects products and weights first, and spills sums.
-inline I8 add_in_order(I8 sum, S16 codes, const int16_t*& weights, int64_t offset) {
-#if defined(__AVX2__)
-  asm volatile("" : "+r"(weights));
-#endif
-  return add_pairs(sum, codes, broadcast_pair(weights + offset));
-}
-
 // sums[head] += 32 dims of a run's codes times the heads' weights, `pitch` apart, times their units.
 template <int Heads, Codes Kind, class Count>
 inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* weights, int64_t pitch,
@@ -116,7 +108,8 @@ inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* 
   for (int i = 0; i < kColumns; ++i) add_scaled(acc[i], unit, sums + 8 * i);
 }
 
-// sums[head][0 to Vectors) += values [tokens][dim], of which the columns from `values` on, times weights [head][kPitch].
+// sums[head][0 to Vectors) += values [tokens][dim], of which the columns from `values` on, times weights
+// [head][kPitch].
 template <int Heads, int Vectors, class Reader>
 inline void add_columns(const typename Reader::Type* values, int dim, int tokens, const float* weights, float* sums) {
   F8 acc[Heads][Vectors];
