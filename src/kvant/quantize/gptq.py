@@ -8,6 +8,8 @@ group's grid is fitted when its turn comes, to what its weights have become by t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,34 +23,60 @@ _RETRIES = 6
 _BLOCK = 128  # columns whose errors are carried on together
 
 
-def gptq(weight: Tensor, inputs: Moments, spec: GridSpec, damping: float = DAMPING) -> PackedWeight:
-    """A weight rounded so that the outputs on the calibration text change least.
+@dataclass(frozen=True)
+class Sweep:
+    """How the columns of weights that share their inputs are visited, and what their errors ask of those that follow.
 
-    Args:
-        weight: [N, K] float32. All rows see the same inputs, so projections that share theirs may be stacked.
-        inputs: of the layer.
-        spec: what the codes are like.
-        damping: what is added to the second moments' diagonal, relative to its mean; where they cannot be inverted so,
-            ten times as much is tried, some times.
-
-    Raises:
-        UnsupportedModelError: they cannot be inverted at all.
+    Attributes:
+        order: [K] int64, see the module.
+        factor: U [K, K], upper triangular, with U^T U the inverse of the inputs' second moments, in that order.
+        importance: [K], how much a column's errors count once the columns after it have made up for them.
     """
-    order, group = _visiting_order(inputs.importance, spec.group_size), spec.group_size
-    work, factor = weight[:, order], _inverse_factor(inputs.second, order, damping)
-    # An input that is always zero has a moment only to be divided by; no error of its weights counts.
-    importance = torch.where(inputs.importance[order] == 0, 0.0, factor.diagonal().square().reciprocal())
-    codes = torch.empty_like(work)
-    scales = torch.empty(len(work), len(order) // group)
-    zeros = torch.empty_like(scales)
-    for first in range(0, len(order), group):
-        columns = slice(first, first + group)
-        grid = Grid.fitted(spec, work[:, columns], importance[columns])
-        at = order[first] // group
-        scales[:, at : at + 1], zeros[:, at : at + 1] = grid.scale, grid.zero
-        _round_group(work, codes, grid, factor, first)
-    inverse = order.argsort()
-    return Grid(spec, scales, zeros).pack(codes[:, inverse])
+
+    order: Tensor
+    factor: Tensor
+    importance: Tensor
+
+    @classmethod
+    def of(cls, inputs: Moments, group_size: int, damping: float = DAMPING) -> Sweep:
+        """For codes in groups of some size.
+
+        Args:
+            inputs: of the layer.
+            group_size: columns of a row that share a scale.
+            damping: what is added to the second moments' diagonal, relative to its mean; where they cannot be inverted
+                so, ten times as much is tried, some times.
+
+        Raises:
+            UnsupportedModelError: they cannot be inverted at all.
+        """
+        order = _visiting_order(inputs.importance, group_size)
+        factor = _inverse_factor(inputs.second, order, damping)
+        # An input that is always zero has a moment only to be divided by; no error of its weights counts.
+        importance = torch.where(inputs.importance[order] == 0, 0.0, factor.diagonal().square().reciprocal())
+        return cls(order, factor, importance)
+
+    def round(self, weight: Tensor, spec: GridSpec) -> PackedWeight:
+        """A weight [N, K] float32 rounded so that the outputs on the calibration text change least.
+
+        All rows see the same inputs, so projections that share theirs may be stacked.
+        """
+        work, group = weight[:, self.order], spec.group_size
+        codes = torch.empty_like(work)
+        scales = torch.empty(len(work), len(self.order) // group)
+        zeros = torch.empty_like(scales)
+        for first in range(0, len(self.order), group):
+            columns = slice(first, first + group)
+            grid = Grid.fitted(spec, work[:, columns], self.importance[columns])
+            at = self.order[first] // group
+            scales[:, at : at + 1], zeros[:, at : at + 1] = grid.scale, grid.zero
+            _round_group(work, codes, grid, self.factor, first)
+        return Grid(spec, scales, zeros).pack(codes[:, self.order.argsort()])
+
+
+def gptq(weight: Tensor, inputs: Moments, spec: GridSpec) -> PackedWeight:
+    """One weight [N, K] float32 rounded for its inputs, see `Sweep`."""
+    return Sweep.of(inputs, spec.group_size).round(weight, spec)
 
 
 def _visiting_order(importance: Tensor, group: int) -> Tensor:

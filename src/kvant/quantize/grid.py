@@ -6,7 +6,7 @@ it is multiplied with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class GridSpec:
     def top(self) -> int:
         """The largest code; the smallest is 0."""
         return (1 << self.bits) - 1
+
+    @property
+    def either_range(self) -> tuple[GridSpec, GridSpec]:
+        """The same with ranges that are clipped where that lessens the errors, and with full ones."""
+        return replace(self, clipped=True), replace(self, clipped=False)
 
     def stored(self, scale: Tensor) -> Tensor:
         """Scales as they will be read again, float32."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.quantize.awq import awq_scales
 from kvant.quantize.descent import descend
-from kvant.quantize.gptq import gptq
+from kvant.quantize.gptq import Sweep, gptq
 from kvant.quantize.grid import Grid, GridSpec
 from kvant.quantize.moments import Moments
 from kvant.quantize.smoothquant import smoothquant_scale
@@ -51,10 +51,6 @@ class Problem:
             settled=None,
         )
 
-    def unclipped(self) -> Problem:
-        """The same with ranges as wide as the values in them."""
-        return replace(self, spec=replace(self.spec, clipped=False))
-
     def least_harmful(self, contenders: Iterable[Solution]) -> Solution:
         """The one of some solutions."""
         return min(contenders, key=self.harm)
@@ -90,25 +86,21 @@ def _plain(problem: Problem) -> Solution:
     return Solution("plain", grid.pack(grid.codes(problem.weight)))
 
 
-def _either_range(method: Method) -> Method:
+def _rtn(problem: Problem) -> Solution:
     """With ranges that are clipped where that lessens the errors, or with full ones, whichever does less harm."""
 
-    def solve(problem: Problem) -> Solution:
-        return problem.least_harmful((method(problem), method(problem.unclipped())))
+    def rounded(spec: GridSpec) -> Solution:
+        grid = Grid.fitted(spec, problem.weight, problem.inputs.importance)
+        return Solution("rtn", grid.pack(grid.codes(problem.weight)))
 
-    return solve
-
-
-def _fitted(problem: Problem) -> Solution:
-    grid = Grid.fitted(problem.spec, problem.weight, problem.inputs.importance)
-    return Solution("rtn", grid.pack(grid.codes(problem.weight)))
+    return problem.least_harmful(map(rounded, problem.spec.either_range))
 
 
-def _compensated(problem: Problem) -> Solution:
-    return Solution("gptq", gptq(problem.weight, problem.inputs, problem.spec))
-
-
-_rtn, _gptq = _either_range(_fitted), _either_range(_compensated)
+def _gptq(problem: Problem) -> Solution:
+    """With clipped ranges or full ones, as above."""
+    sweep = Sweep.of(problem.inputs, problem.spec.group_size)
+    specs = problem.spec.either_range
+    return problem.least_harmful(Solution("gptq", sweep.round(problem.weight, spec)) for spec in specs)
 
 
 def _smoothquant(problem: Problem) -> Solution:
