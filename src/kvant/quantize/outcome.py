@@ -172,8 +172,7 @@ def unseen_scores(
 
     plain, rounded = (torch.cat(list(it)).view(count, length, -1)[:, :-1].flatten(0, 1) for it in (original, quantized))
     targets = torch.tensor(windows)[:, 1:].flatten()
-    baseline = score_all(lambda rows: logits(plain[rows]), lambda rows: logits(plain[rows]), targets, _ROWS)
-    found = score_all(lambda rows: logits(plain[rows]), lambda rows: logits(rounded[rows]), targets, _ROWS)
+    baseline, found = score_all(lambda rows: (logits(plain[rows]), logits(rounded[rows])), targets, _ROWS)
     return baseline.by_window(count), found.by_window(count)
 
 

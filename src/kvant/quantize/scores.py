@@ -52,25 +52,33 @@ def score(baseline: Tensor, logits: Tensor, targets: Tensor) -> Scores:
     )
 
 
-def score_all(
-    baseline: Callable[[slice], Tensor], logits: Callable[[slice], Tensor], targets: Tensor, at_once: int
-) -> Scores:
-    """`score` for many rows, some of them at once.
+def score_all(logits: Callable[[slice], tuple[Tensor, Tensor]], targets: Tensor, at_once: int) -> tuple[Scores, Scores]:
+    """The baseline's scores beside itself, and `score` of other predictions, for many rows.
 
     Args:
-        baseline: some rows of the baseline's logits.
-        logits: the same rows of those to be scored.
+        logits: some rows of the baseline's logits, and the same rows of those to be scored.
         targets: [R] int64, of all rows.
-        at_once: how many rows of logits are held.
+        at_once: how many rows of both are held.
     """
     # Made before the loop: small results that are kept between large blocks would leave the heap full of holes.
-    found = Scores(*(torch.empty(len(targets), dtype=torch.float64) for _ in range(3)))
+    own, others = (Scores(*(torch.empty(len(targets), dtype=torch.float64) for _ in range(3))) for _ in range(2))
     for first in range(0, len(targets), at_once):
         rows = slice(first, first + at_once)
-        some = score(baseline(rows), logits(rows), targets[rows])
-        for name in ("nll", "kl", "agrees"):
-            getattr(found, name)[rows] = getattr(some, name)
-    return found
+        baseline, found = logits(rows)
+        _put(own, rows, Scores(_nll(baseline, targets[rows]), torch.zeros(1), torch.ones(1)))
+        _put(others, rows, score(baseline, found, targets[rows]))
+    return own, others
+
+
+def _put(into: Scores, rows: slice, some: Scores) -> None:
+    for name in ("nll", "kl", "agrees"):
+        getattr(into, name)[rows] = getattr(some, name)
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """[R] float64."""
+    wide = logits.double()
+    return wide.logsumexp(dim=-1) - wide.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def standard_error(values: Tensor) -> float:
