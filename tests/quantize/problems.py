@@ -28,14 +28,18 @@ def weight(rows: int, columns: int, seed: int = 1) -> Tensor:
     return torch.randn(rows, columns, generator=generator) * torch.rand(rows, columns, generator=generator).add(0.2)
 
 
+def unseen(columns: int = 128) -> Moments:
+    """Of inputs that no method has seen."""
+    return Moments.of([inputs(256, columns, seed=5)])
+
+
 def problem(rows: int = 48, columns: int = 128, spec: GridSpec = W4, foldable: bool = True) -> Problem:
-    """A linear that stands alone: a solution does the harm that its errors are on text that none has seen."""
+    """A linear that stands alone: a solution does the harm that its errors are on unseen inputs."""
     found = Problem(
         weight=weight(rows, columns),
         inputs=Moments.of([inputs(512, columns)]),
-        unseen=Moments.of([inputs(256, columns, seed=5)]),
         spec=spec,
-        harm=lambda solution: solution.error(found, found.unseen),
+        harm=lambda solution: solution.error(found, unseen(columns)),
         settled=(lambda scale: scale) if foldable else None,
     )
     return found

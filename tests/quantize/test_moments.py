@@ -53,14 +53,6 @@ def test_dividing_inputs_is_dividing_their_moments():
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
-def test_two_texts_joined_are_as_one():
-    a, b = torch.randn(64, 8), torch.randn(100, 8)
-    found, expected = Moments.of([a]).joined(Moments.of([b])), Moments.of([a, b])
-    for name in ("second", "magnitude", "largest"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
-    assert found.count == expected.count == 164
-
-
 def test_a_loss_is_the_mean_squared_error_of_the_outputs():
     x, error = torch.randn(200, 16), torch.randn(5, 16)
     expected = (x @ error.T).square().sum(1).mean()

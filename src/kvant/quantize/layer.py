@@ -60,7 +60,7 @@ class LayerQuantizer:
         method: for each linear.
         specs: what each linear's codes are like, by its name in `LayerWeights.linears`; one that is not there stays as
             it is.
-        compares: whether the text that solutions are compared on, the last, is kept apart, for methods that fit theirs.
+        compares: whether the text that solutions are compared on, the last, is kept apart: some fit what they see.
     """
 
     reader: Reader
@@ -119,11 +119,9 @@ class LayerQuantizer:
     ) -> Problem:
         *others, last = inputs
         seen = [text for text in (*others, last[: -self.reader.length]) if len(text)]
-        apart = self.compares and bool(seen)
         return Problem(
             weight=linear.weight.dequantize(torch.float32),
-            inputs=Moments.of(seen if apart else inputs),
-            unseen=Moments.of([last[-self.reader.length :]]) if apart else None,
+            inputs=Moments.of(seen if self.compares and seen else inputs),
             spec=spec,
             harm=harm,
             settled=None if fold is None else partial(fold.settled, stored),

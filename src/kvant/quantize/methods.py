@@ -25,16 +25,14 @@ class Problem:
     Attributes:
         weight: [N, K] float32.
         inputs: on the calibration text.
-        unseen: on another part of it, for methods that compare others that fit the text; None where there is none.
         spec: what the codes are like.
-        harm: what a solution does to the model, see `Trial.harm`; on the unseen part where there is one.
+        harm: what a solution does to the model, see `Trial.harm`.
         settled: the factors [K] nearest to some that the inputs can be divided by; None where they cannot be divided.
         ties: [K] int64, inputs of one number have one factor; None where all may differ.
     """
 
     weight: Tensor
     inputs: Moments
-    unseen: Moments | None
     spec: GridSpec
     harm: Callable[[Solution], float]
     settled: Callable[[Tensor], Tensor] | None = None
@@ -46,7 +44,6 @@ class Problem:
             self,
             weight=self.weight * scale,
             inputs=self.inputs.divided(scale),
-            unseen=None,
             harm=lambda solution: self.harm(replace(solution, scale=scale)),
             settled=None,
         )
@@ -136,16 +133,9 @@ def _gptq_descent(problem: Problem) -> Solution:
     return Solution("gptq+descent", weight)
 
 
-_CONTENDERS: tuple[Method, ...] = (_gptq_descent, _awq)
-
-
 def _auto(problem: Problem) -> Solution:
-    """The one that does least harm to text that it has not seen; then it sees that too."""
-    found = {method: method(problem) for method in _CONTENDERS}
-    best = min(found, key=lambda method: problem.harm(found[method]))
-    if problem.unseen is None:
-        return found[best]
-    return best(replace(problem, inputs=problem.inputs.joined(problem.unseen), unseen=None))
+    """GPTQ and descent, or AWQ: the one that does less harm to text that it has not seen."""
+    return problem.least_harmful((_gptq_descent(problem), _awq(problem)))
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(

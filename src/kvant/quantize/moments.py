@@ -66,25 +66,9 @@ class Moments:
         second = self.second / scale.unsqueeze(1) / scale
         return Moments(second, self.magnitude / scale, self.largest / scale, self.sample / scale, self.count)
 
-    def joined(self, other: Moments) -> Moments:
-        """Of both texts."""
-        count = self.count + other.count
-        share = self.count / count
-        return Moments(
-            torch.lerp(other.second, self.second, share),
-            torch.lerp(other.magnitude, self.magnitude, share),
-            torch.maximum(self.largest, other.largest),
-            torch.cat([self.sample, other.sample]),
-            count,
-        )
-
-    def energy(self, weight: Tensor) -> Tensor:
-        """The mean square of each output of a weight [N, K]: [N]."""
-        return ((weight @ self.second) * weight).sum(1)
-
     def loss(self, error: Tensor) -> float:
         """The mean squared error of the outputs, summed over them, that errors [N, K] of the weight make."""
-        return float(self.energy(error).sum(dtype=torch.float64))
+        return float(((error @ self.second) * error).sum(dtype=torch.float64))
 
 
 def _sample(texts: Sequence[Tensor], count: int) -> Tensor:
