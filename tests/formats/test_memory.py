@@ -6,7 +6,7 @@ import mmap
 
 import torch
 
-from kvant.formats.memory import lazy_zeros
+from kvant.formats.memory import Slabs, lazy_zeros
 
 
 def test_a_system_without_huge_pages_gives_small_ones(monkeypatch):
@@ -15,3 +15,22 @@ def test_a_system_without_huge_pages_gives_small_ones(monkeypatch):
     assert (zeros.shape, zeros.dtype) == ((1 << 20, 3), torch.float16)
     zeros[-1] = 1
     assert zeros.sum() == 3
+
+
+def test_arrays_of_a_slab_lie_side_by_side_and_large_ones_apart():
+    slabs = Slabs()
+    first, second = slabs.zeros((3, 5), torch.float16), slabs.zeros((7,), torch.int32)
+    large, third = slabs.zeros((1 << 24,), torch.uint8), slabs.zeros((1,), torch.uint8)
+    arrays = [first, second, large, third]
+    for number, array in enumerate(arrays):
+        array.fill_(number)
+    assert [array.unique().tolist() for array in arrays] == [[0], [1], [2], [3]]
+    assert [(second.data_ptr() - first.data_ptr()), third.data_ptr() - second.data_ptr()] == [64, 64]
+    assert (first.shape, first.dtype) == ((3, 5), torch.float16)
+
+
+def test_a_full_slab_is_followed_by_another():
+    slabs = Slabs()
+    arrays = [slabs.zeros((1 << 22,), torch.uint8) for _ in range(9)]
+    assert len({array.untyped_storage().data_ptr() for array in arrays}) == 2
+    assert slabs.zeros((0, 4), torch.float32).shape == (0, 4)

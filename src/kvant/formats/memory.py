@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 1 << 21
+_SLAB = 16 * _HUGE_PAGE
+_ALIGNMENT = 64  # of arrays in a slab: a line of the cache
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -33,3 +35,25 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             memory.madvise(mmap.MADV_HUGEPAGE)
     data = np.frombuffer(memory, dtype=np.uint8, count=torch.Size(shape).numel() * dtype.itemsize)
     return torch.from_numpy(data).view(dtype).view(shape)
+
+
+class Slabs:
+    """Arrays side by side in huge pages, so that a model's small matrices are read as fast as a large one.
+
+    A slab goes back to the system with the last of its arrays. One thread at a time asks for arrays.
+    """
+
+    def __init__(self) -> None:
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """As `lazy_zeros`."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if size > _SLAB // 4:
+            return lazy_zeros(shape, dtype)
+        if self._used + size > len(self._slab):
+            self._slab, self._used = lazy_zeros((_SLAB,), torch.uint8), 0
+        array = self._slab[self._used : self._used + size].view(dtype).view(shape)
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return array

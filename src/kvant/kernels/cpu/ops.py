@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer, check_finite
+from kvant.formats.memory import Slabs
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.cpu import structs
 from kvant.kernels.cpu.cache import bind_batch, bind_cache, bind_shape, is_native
@@ -27,9 +28,10 @@ class CpuOps(ReferenceOps):
         super().__init__()
         self.native = native
         self.name = native.isa
+        self._slabs = Slabs()
 
     def prepare(self, weight: PackedWeight) -> NativeWeight:
-        return pack(self.native, weight)
+        return pack(self.native, weight, self._slabs)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         rows, added = floats(x), None if bias is None else floats(bias)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvant.errors import CorruptModelError
-from kvant.formats.memory import lazy_zeros
+from kvant.formats.memory import Slabs
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.cpu import structs
 from kvant.kernels.cpu.native import Native, pointer
@@ -89,8 +89,8 @@ def _memory_of(kind: str, rows: int, columns: int, group: int) -> dict[str, tupl
     }
 
 
-def pack(native: Native, weight: PackedWeight) -> NativeWeight:
-    """A weight in the kernels' layout; what they have no loop for becomes plain float32.
+def pack(native: Native, weight: PackedWeight, slabs: Slabs) -> NativeWeight:
+    """A weight in the kernels' layout, in memory of `slabs`; what they have no loop for becomes plain float32.
 
     That is a group that none of theirs divides, and scales or biases that float16 does not hold. Whether the inputs are
     to be rounded makes no difference: a quantized weight's always are, 32 together, and a plain one's need not be.
@@ -99,11 +99,11 @@ def pack(native: Native, weight: PackedWeight) -> NativeWeight:
         CorruptModelError: the order of its columns does not name each of them once.
     """
     if weight.format == "dense":
-        return _dense(native, weight.planes["weight"].data)
+        return _dense(native, weight.planes["weight"].data, slabs)
     group = _fitting_group(weight)
     if group is None or not _fits_half(weight):
-        return _dense(native, weight.dequantize(torch.float32))
-    return _quantized(native, weight, group)
+        return _dense(native, weight.dequantize(torch.float32), slabs)
+    return _quantized(native, weight, group, slabs)
 
 
 def _fitting_group(weight: PackedWeight) -> int | None:
@@ -125,7 +125,7 @@ def _fits_half(weight: PackedWeight) -> bool:
     )
 
 
-def _quantized(native: Native, weight: PackedWeight, group: int) -> NativeWeight:
+def _quantized(native: Native, weight: PackedWeight, group: int, slabs: Slabs) -> NativeWeight:
     if group < weight.group_size and weight.planes["scale"].data.shape[1] > 1:
         weight = weight.regrouped(group)
     kind, bits, planes = structs.KINDS[weight.format], weight.bits, weight.planes
@@ -133,31 +133,31 @@ def _quantized(native: Native, weight: PackedWeight, group: int) -> NativeWeight
     spans = -(-padded // group)
     q = F.pad(planes["q"].data, (0, padded * bits // 8 - planes["q"].data.shape[1]))
     memory = {
-        "codes": _packed(native, kind, q, padded, padded * bits // 8),
-        "scales": _by_block(planes["scale"].data.half(), spans),
+        "codes": _packed(native, kind, q, padded, padded * bits // 8, slabs),
+        "scales": _by_block(planes["scale"].data.half(), spans, slabs),
     }
     if "bias" in planes:
-        memory["biases"] = _by_block(planes["bias"].data.half(), spans)
+        memory["biases"] = _by_block(planes["bias"].data.half(), spans, slabs)
     elif "zero" in planes and (planes["zero"].data != 1 << (bits - 1)).any():
         # Not a bias of -zero * scale: rounded to float16 that is off by up to 1/8 of a step in 8 bits.
-        memory["zeros"] = _by_block(planes["zero"].data, spans)
+        memory["zeros"] = _by_block(planes["zero"].data, spans, slabs)
     if weight.order is not None:
         memory["order"] = weight.order.to(torch.int32).contiguous()
     return native_weight(weight.format, weight.out_features, weight.in_features, group, memory)
 
 
-def _dense(native: Native, matrix: Tensor) -> NativeWeight:
+def _dense(native: Native, matrix: Tensor, slabs: Slabs) -> NativeWeight:
     name = str(matrix.dtype).removeprefix("torch.")
     rows, columns = matrix.shape
-    codes = _packed(native, structs.KINDS[name], matrix, columns, columns * matrix.element_size())
+    codes = _packed(native, structs.KINDS[name], matrix, columns, columns * matrix.element_size(), slabs)
     return native_weight(name, rows, columns, _GROUP, {"codes": codes})
 
 
-def _packed(native: Native, kind: int, data: Tensor, columns: int, row_bytes: int) -> Tensor:
+def _packed(native: Native, kind: int, data: Tensor, columns: int, row_bytes: int, slabs: Slabs) -> Tensor:
     """Rows of `data` in blocks of 8, some blocks at a time on every core."""
     data = data.contiguous()
     rows = data.shape[0]
-    out = lazy_zeros((-(-rows // _ROW_BLOCK) * _ROW_BLOCK * row_bytes,), torch.uint8)
+    out = slabs.zeros((-(-rows // _ROW_BLOCK) * _ROW_BLOCK * row_bytes,), torch.uint8)
 
     def pack_some(first: int) -> None:
         count = min(_ROWS_AT_ONCE, rows - first)
@@ -169,8 +169,8 @@ def _packed(native: Native, kind: int, data: Tensor, columns: int, row_bytes: in
     return out
 
 
-def _by_block(values: Tensor, spans: int) -> Tensor:
+def _by_block(values: Tensor, spans: int, slabs: Slabs) -> Tensor:
     """[rows, groups] -> [row blocks, spans, 8], zero where there is no row and no group."""
     padded = F.pad(values, (0, spans - values.shape[1], 0, -values.shape[0] % _ROW_BLOCK))
-    blocks: Tensor = padded.unflatten(0, (-1, _ROW_BLOCK)).transpose(1, 2).contiguous()
-    return blocks
+    blocks = padded.unflatten(0, (-1, _ROW_BLOCK)).transpose(1, 2)
+    return slabs.zeros(tuple(blocks.shape), blocks.dtype).copy_(blocks)

@@ -37,10 +37,11 @@ struct Scores {
     start(at, heads, it);
     for (int i = 0; i < it.count; ++i) {
       const Run& run = it.runs[i];
-      if (i + 1 < it.count) prefetch(at.layer.key, at.dim, it.runs[i + 1]);
-      prefetch(at.layer.value, at.dim, run);
-      if (!key_is_integer(at.layer.key, at.dim)) add_floats(at, heads, run);
-      else for_heads<kHeadsAtOnce>(heads.count, [&](auto n, int h) { add_codes<n()>(at, heads.codes + h, run, of(h)); });
+      Ahead next = i + 1 < it.count ? it.ahead(at, at.layer.key, i + 1) : it.ahead(at, at.layer.value, 0);
+      if (!key_is_integer(at.layer.key, at.dim)) add_floats(at, heads, run, next);
+      else
+        for_heads<kHeadsAtOnce>(heads.count,
+                                [&](auto n, int h) { add_codes<n()>(at, heads.codes + h, run, of(h), next); });
     }
     for (int h = 0; h < heads.count; ++h) {
       cap_scores(of(h), it.size, at.shape.softcap);
@@ -69,39 +70,39 @@ struct Scores {
   }
 
   template <int N>
-  static void add_codes(const Place& at, const IntegerQuery* queries, const Run& run, float* scores) {
+  static void add_codes(const Place& at, const IntegerQuery* queries, const Run& run, float* scores, Ahead& next) {
     const Side& key = at.layer.key;
-    if (at.dim == 64) add_codes<N, 64>(key, at, queries, run, scores);
-    else if (at.dim == 128) add_codes<N, 128>(key, at, queries, run, scores);
-    else add_codes<N, 0>(key, at, queries, run, scores);
+    if (at.dim == 64) add_codes<N, 64>(key, at, queries, run, scores, next);
+    else if (at.dim == 128) add_codes<N, 128>(key, at, queries, run, scores, next);
+    else add_codes<N, 0>(key, at, queries, run, scores, next);
   }
 
   template <int N, int Dim>
-  static void add_codes(const Side& key, const Place& at, const IntegerQuery* queries, const Run& run, float* scores) {
+  static void add_codes(const Side& key, const Place& at, const IntegerQuery* queries, const Run& run, float* scores,
+                        Ahead& next) {
     const int head = at.kv_head, dim = at.dim;
     if (key.kind == kVectorGrouped4 && key.groups == 2 && Dim)
-      return add_code_scores<N, kCodes4, Dim, 2>(key, head, dim, run, queries, scores);
+      return add_code_scores<N, kCodes4, Dim, 2>(key, head, dim, run, queries, scores, next);
     switch (codes_of(key.kind)) {
-      case kCodes4: return add_code_scores<N, kCodes4, 0, 0>(key, head, dim, run, queries, scores);
-      case kUnsigned8: return add_code_scores<N, kUnsigned8, Dim, 1>(key, head, dim, run, queries, scores);
-      case kSigned8: return add_code_scores<N, kSigned8, 0, 1>(key, head, dim, run, queries, scores);
+      case kCodes4: return add_code_scores<N, kCodes4, 0, 0>(key, head, dim, run, queries, scores, next);
+      case kUnsigned8: return add_code_scores<N, kUnsigned8, Dim, 1>(key, head, dim, run, queries, scores, next);
+      case kSigned8: return add_code_scores<N, kSigned8, 0, 1>(key, head, dim, run, queries, scores, next);
     }
   }
 
-  void add_floats(const Place& at, const Heads& heads, const Run& run) {
+  void add_floats(const Place& at, const Heads& heads, const Run& run, Ahead& next) {
     const Side& key = at.layer.key;
     if (key.kind == kVectorF16) {
       const uint16_t* keys = codes_at<uint16_t>(key, at.dim, run.spot);
-      for_heads<3>(heads.count, [&](auto n, int h) {
-        add_float_scores<n(), Halves>(keys, run.end - run.begin, at.dim, heads.inner[h], of(h) + run.begin);
+      return for_heads<3>(heads.count, [&](auto n, int h) {
+        add_float_scores<n(), Halves>(keys, run.end - run.begin, at.dim, heads.inner[h], of(h) + run.begin, next);
       });
-      return;
     }
     alignas(32) float keys[8 * kMaxHeadDim];
     for (int t = run.begin; t < run.end; t += 8) {
       decode_eight(key, at.kv_head, at.dim, run.spot + (t - run.begin), keys);
       for_heads<3>(heads.count, [&](auto n, int h) {
-        add_float_scores<n(), Floats>(keys, 8, at.dim, heads.inner[h], of(h) + t);
+        add_float_scores<n(), Floats>(keys, 8, at.dim, heads.inner[h], of(h) + t, next);
       });
     }
   }
@@ -124,7 +125,7 @@ struct Mixed {
   void add(const Place& at, const Span& it, int heads, Scores& scores) {
     for (int h = 0; h < heads; ++h) softmax[h].raise(scores.of(h), it.size);
     if (!integer) return add_floats(at, it, heads, scores);
-    for (int i = 0; i < it.count; ++i) add_codes(at, it, it.runs[i], heads, scores);
+    for (int i = 0; i < it.count; ++i) add_codes(at, it, i, heads, scores);
   }
 
   // The sums in the order of the head's dims.
@@ -146,31 +147,36 @@ struct Mixed {
 
  private:
   void add_floats(const Place& at, const Span& it, int heads, Scores& scores) {
-    const Side& value = at.layer.value;
     for (int h = 0; h < heads; ++h) softmax[h].weigh(scores.of(h), it.size);
     for (int i = 0; i < it.count; ++i) {
       const int from = std::max(it.from, it.runs[i].begin), to = std::min(it.to, it.runs[i].end);
-      const Spot spot = it.runs[i].spot + (from - it.runs[i].begin);
-      if (value.kind == kVectorF16) {
-        const uint16_t* values = codes_at<uint16_t>(value, at.dim, spot);
-        for_heads<3>(heads, [&](auto n, int h) {
-          add_values<n(), Halves>(values, at.dim, to - from, scores.of(h) + from, sums[h]);
-        });
-        continue;
-      }
-      alignas(32) float values[8 * kMaxHeadDim];
-      for (int t = from; t < to; t += 8) {
-        const int count = std::min(8, to - t);
-        for (int j = 0; j < count; ++j)
-          decode_vector(value, at.kv_head, at.dim, spot + (t - from + j), values + j * at.dim);
-        for_heads<3>(heads, [&](auto n, int h) {
-          add_values<n(), Floats>(values, at.dim, count, scores.of(h) + t, sums[h]);
-        });
-      }
+      add_floats(at, it.runs[i].spot + (from - it.runs[i].begin), from, to, heads, scores,
+                 it.ahead(at, at.layer.value, i + 1));
     }
   }
 
-  void add_codes(const Place& at, const Span& it, const Run& run, int heads, Scores& scores) {
+  // Tokens [from, to), whose values begin at `spot`.
+  void add_floats(const Place& at, Spot spot, int from, int to, int heads, Scores& scores, Ahead next) {
+    const Side& value = at.layer.value;
+    if (value.kind == kVectorF16) {
+      const uint16_t* values = codes_at<uint16_t>(value, at.dim, spot);
+      return for_heads<3>(heads, [&](auto n, int h) {
+        add_values<n(), Halves>(values, at.dim, to - from, scores.of(h) + from, sums[h], next);
+      });
+    }
+    alignas(32) float values[8 * kMaxHeadDim];
+    for (int t = from; t < to; t += 8) {
+      const int count = std::min(8, to - t);
+      for (int j = 0; j < count; ++j)
+        decode_vector(value, at.kv_head, at.dim, spot + (t - from + j), values + j * at.dim);
+      for_heads<3>(heads, [&](auto n, int h) {
+        add_values<n(), Floats>(values, at.dim, count, scores.of(h) + t, sums[h], next);
+      });
+    }
+  }
+
+  void add_codes(const Place& at, const Span& it, int i, int heads, Scores& scores) {
+    const Run& run = it.runs[i];
     const Side& value = at.layer.value;
     const Steps steps(value, at.kv_head, run, it.from, it.to);
     alignas(32) Weights weights[kMaxShared];
@@ -180,27 +186,28 @@ struct Mixed {
         round_weights<groups()>(scores, steps, run.begin, count, heads, weights, units);
       });
     });
+    const Ahead next = it.ahead(at, value, i + 1);
     switch (codes_of(value.kind)) {
-      case kCodes4: return mix<kCodes4>(at, run, heads, weights, units);
-      case kUnsigned8: return mix<kUnsigned8>(at, run, heads, weights, units);
-      case kSigned8: return mix<kSigned8>(at, run, heads, weights, units);
+      case kCodes4: return mix<kCodes4>(at, run, heads, weights, units, next);
+      case kUnsigned8: return mix<kUnsigned8>(at, run, heads, weights, units, next);
+      case kSigned8: return mix<kSigned8>(at, run, heads, weights, units, next);
     }
   }
 
   template <Codes Kind>
-  void mix(const Place& at, const Run& run, int heads, const Weights* weights, const float* units) {
+  void mix(const Place& at, const Run& run, int heads, const Weights* weights, const float* units, Ahead next) {
     const uint8_t* rows = codes_at<uint8_t>(at.layer.value, at.dim, run.spot);
     const int size = at.dim / groups_of(at.layer.value), tokens = run.end - run.begin;
     for (int d = 0; d < at.dim; d += 32, rows += Kind == kCodes4 ? 16 : 32) {
       const int g = d / size;
       if (Kind == kCodes4 && size == 16) {
         for (int h = 0; h < heads; ++h)
-          mix_halves(rows, at.dim, tokens, weights[h][g], weights[h][g + 1], units[h], sums[h] + d);
+          mix_halves(rows, at.dim, tokens, weights[h][g], weights[h][g + 1], units[h], sums[h] + d, next);
         continue;
       }
       for_heads<kMixHeads>(heads, [&](auto n, int h) {
         with_tile(tokens, [&](auto count) {
-          mix_rows<n(), Kind>(rows, at.dim, count, weights[h][g], kMaxGroups * kTile, units + h, sums[h] + d);
+          mix_rows<n(), Kind>(rows, at.dim, count, weights[h][g], kMaxGroups * kTile, units + h, sums[h] + d, next);
         });
       });
     }
@@ -242,30 +249,42 @@ struct Mixed {
   }
 };
 
-// The sinks' part of a decode: raw vectors in 16 bit, under a softmax of their own.
+// The sinks' part of a decode: raw vectors in 16 bit, under a softmax of their own, eight at a time.
 struct Sinks {
   Softmax softmax[kMaxShared];
-  float sums[kMaxShared][kMaxHeadDim];
+  alignas(32) float sums[kMaxShared][kMaxHeadDim];
 
   void attend(const Place& at, const Heads& heads, int64_t from, int64_t to) {
-    const Spot first = at.spot(0);
     for (int h = 0; h < heads.count; ++h) std::fill(sums[h], sums[h] + at.dim, 0.0f);
-    alignas(32) float key[kMaxHeadDim], value[kMaxHeadDim];
-    for (int64_t p = from; p < to; ++p) {
-      read_sink(at.layer.key, at.dim, first, p, key);
-      read_sink(at.layer.value, at.dim, first, p, value);
-      shape_vector(at.layer.value, at.layer, at.kv_head, at.dim, p, value);
+    for (int64_t first = from; first < to; first += 8)
+      add(at, heads, first, static_cast<int>(std::min<int64_t>(8, to - first)));
+    for (int h = 0; h < heads.count; ++h)  // what the codec does to values is linear: it may wait for their sum
+      shape_vector(at.layer.value, at.layer, at.kv_head, at.dim, 0, sums[h]);
+  }
+
+ private:
+  void add(const Place& at, const Heads& heads, int64_t first, int count) {
+    const Spot spot = at.spot(0);
+    alignas(32) float scores[kMaxShared][8], vector[kMaxHeadDim];
+    for (int p = 0; p < count; ++p) {
+      read_sink(at.layer.key, at.dim, spot, first + p, vector);
       for (int h = 0; h < heads.count; ++h) {
         F8 dot = all(0.0f);
-        for (int i = 0; i < at.dim; i += 8) dot += load<F8>(key + i) * load<F8>(heads.raw[h] + i);
-        float score[8] = {sum(dot)};
-        cap_scores(score, 8, at.shape.softcap);
-        mask_scores(score, 0, 1, 8);
-        const float kept = softmax[h].raise(score, 8);
-        softmax[h].weigh(score, 8);
-        for (int i = 0; i < at.dim; i += 8)
-          store(sums[h] + i, load<F8>(sums[h] + i) * all(kept) + all(score[0]) * load<F8>(value + i));
+        for (int i = 0; i < at.dim; i += 8) dot += load<F8>(vector + i) * load<F8>(heads.raw[h] + i);
+        scores[h][p] = sum(dot);
       }
+    }
+    for (int h = 0; h < heads.count; ++h) {
+      cap_scores(scores[h], 8, at.shape.softcap);
+      mask_scores(scores[h], 0, count, 8);
+      scale_row(sums[h], at.dim, softmax[h].raise(scores[h], 8));
+      softmax[h].weigh(scores[h], 8);
+    }
+    for (int p = 0; p < count; ++p) {
+      read_sink(at.layer.value, at.dim, spot, first + p, vector);
+      for (int h = 0; h < heads.count; ++h)
+        for (int i = 0; i < at.dim; i += 8)
+          store(sums[h] + i, load<F8>(sums[h] + i) + all(scores[h][p]) * load<F8>(vector + i));
     }
   }
 };
@@ -283,15 +302,16 @@ inline void store_partial(float* out, const Softmax& a, const float* x, const So
 // Tokens [start, stop) of a sequence, for `heads` query heads of a KV head (at most kMaxShared) from `head` on.
 inline void attend_heads(const AttentionWork& work, const Place& at, int token, int head, int count, int split,
                          int64_t start, int64_t stop) {
+  const int64_t sunk = std::min<int64_t>(stop, at.layer.sinks);
+  const bool has_sinks = start < sunk;
+  const Span it(at, std::max<int64_t>(start, at.layer.sinks), stop);
+  it.ahead(at, at.layer.key, 0).ask_all();
   const Heads heads(at, work.q + token * work.q_stride + static_cast<int64_t>(head) * at.dim, count);
   Mixed mixed(at, count);
   Sinks sinks;
   Scores scores;
-  const int64_t sunk = std::min<int64_t>(stop, at.layer.sinks);
-  const bool has_sinks = start < sunk;
   if (has_sinks) sinks.attend(at, heads, start, sunk);
-  if (const int64_t from = std::max<int64_t>(start, at.layer.sinks); from < stop) {
-    const Span it(at, from, stop);
+  if (it.size) {
     scores.compute(at, heads, it);
     mixed.add(at, it, count, scores);
   }
@@ -304,14 +324,14 @@ inline void attend_heads(const AttentionWork& work, const Place& at, int token, 
   }
 }
 
-// One new token of a sequence, all query heads of one KV head, kSplitTokens of the context.
+// One new token of a sequence, all query heads of one KV head, kSplitSlots of the context.
 void attend_split(const AttentionWork& work, int sequence, int token, int kv_head, int split) {
   const Place at(work, sequence, kv_head);
   const int shared = at.shape.heads / at.shape.kv_heads;
   const int64_t position = work.batch->positions[token];
   const int64_t oldest = at.shape.window ? std::max<int64_t>(0, position - at.shape.window + 1) : 0;
-  const int64_t start = std::max<int64_t>(oldest, int64_t{split} * kSplitTokens);
-  const int64_t stop = std::min<int64_t>(position + 1, (int64_t{split} + 1) * kSplitTokens);
+  const int64_t first = int64_t{split} * kSplitSlots - at.layer.lead;
+  const int64_t start = std::max(oldest, first), stop = std::min(position + 1, first + kSplitSlots);
   for (int base = 0; base < shared; base += kMaxShared)
     attend_heads(work, at, token, kv_head * shared + base, std::min(kMaxShared, shared - base), split, start, stop);
 }
@@ -320,7 +340,7 @@ void attend_split(const AttentionWork& work, int sequence, int token, int kv_hea
 void attend_merge(const AttentionWork& work, int sequence, int token, int head) {
   const Place at(work, sequence, head / (work.shape->heads / work.shape->kv_heads));
   const int64_t row = static_cast<int64_t>(token) * at.shape.heads + head;
-  const int used = static_cast<int>(work.batch->positions[token] / kSplitTokens) + 1, stride = at.dim + 2;
+  const int used = split_count(work.batch->positions[token] + 1, at.layer.lead), stride = at.dim + 2;
   const float* parts = work.partials + row * work.splits * stride;
   float top = kNever, total = 0, sums[kMaxHeadDim] = {};
   for (int s = 0; s < used; ++s) top = std::max(top, parts[s * stride]);

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
-constexpr int64_t kUnitsPerThread = 8;
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -54,13 +53,20 @@ Input Step::inputs(const Weight& weight, const float* x, int64_t tokens, Make ma
   return in;
 }
 
+// Into how many units a thread's share of a product is cut: into few where it waits for memory, which is best read on
+// and on.
+int64_t Step::units_per_thread(int64_t tokens) const {
+  if (tokens > 1) return 8;
+  return turn_.threads() > 1 ? 2 : 1;
+}
+
 // A product of all tokens, `align` steps at a time at least; `after(first, last, begin, end)` follows where the tokens
 // [first, last) have met the steps [begin, end).
 template <class After>
 void Step::product(const Linear& linear, const Input& in, const Streams& streams, int64_t tokens, int align, float* out,
                    After after) {
   const int64_t token_blocks = ceil_div(tokens, kTokenBlock), steps = ceil_div(streams.steps, align);
-  const int64_t chunk = std::max<int64_t>(1, steps * token_blocks / (turn_.threads() * kUnitsPerThread));
+  const int64_t chunk = std::max<int64_t>(1, steps * token_blocks / (turn_.threads() * units_per_thread(tokens)));
   const int64_t width = std::min(chunk, steps), chunks = ceil_div(steps, width);
   turn_.run(token_blocks * chunks, [&](int64_t unit) {
     const int64_t block = unit / chunks, begin = unit % chunks * width * align;
@@ -144,7 +150,7 @@ void Step::write_head(const KvLayer& cache, const AttentionShape& shape, const B
 }
 
 // Units of attention: for decodes a token, a KV head and a split; for prompts a tile of tokens and a KV head.
-int64_t Step::plan(const AttentionShape& shape, const Batch& batch, int splits, Unit* units, bool decodes) {
+int64_t Step::plan(const AttentionShape& shape, const Batch& batch, int lead, Unit* units, bool decodes) {
   const int shared = shape.heads / shape.kv_heads, tile = std::max(1, kTileRows / shared);
   int64_t count = 0;
   for (int s = 0; s < batch.sequences; ++s) {
@@ -154,7 +160,7 @@ int64_t Step::plan(const AttentionShape& shape, const Batch& batch, int splits, 
     for (int head = 0; head < shape.kv_heads; ++head) {
       if (few) {
         for (int t = start; t < stop; ++t)
-          for (int split = 0; split <= batch.positions[t] / kSplitTokens && split < splits; ++split)
+          for (int split = 0; split < split_count(batch.positions[t] + 1, lead); ++split)
             units[count++] = {s, t, t + 1, head, split};
       } else {
         for (int t = start; t < stop; t += tile) units[count++] = {s, t, std::min(stop, t + tile), head, 0};
@@ -168,14 +174,14 @@ void Step::attention(const KvLayer& cache, const AttentionShape& shape, const Ba
                      int64_t stride, float* out) {
   int64_t longest = 1;
   for (int s = 0; s < batch.sequences; ++s) longest = std::max(longest, batch.context_lens[s]);
-  const int splits = static_cast<int>(ceil_div(longest, kSplitTokens));
+  const int lead = cache.lead, splits = split_count(longest, lead);
   Unit* units = turn_.arena().take<Unit>(int64_t{batch.tokens} * shape.kv_heads * splits);
-  const int64_t tiles = plan(shape, batch, splits, units, false);
+  const int64_t tiles = plan(shape, batch, lead, units, false);
   AttentionWork work{&cache, &shape, &batch, q, stride, out, nullptr, splits};
   turn_.run(tiles, [&](int64_t i) {
     k_.attend_tile(work, units[i].sequence, units[i].first, units[i].last, units[i].kv_head);
   });
-  const int64_t parts = plan(shape, batch, splits, units, true);
+  const int64_t parts = plan(shape, batch, lead, units, true);
   if (!parts) return;
   work.partials = turn_.arena().take<float>(int64_t{batch.tokens} * shape.heads * splits * (shape.head_dim + 2));
   const int shared = shape.heads / shape.kv_heads;

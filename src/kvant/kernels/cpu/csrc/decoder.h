@@ -35,6 +35,7 @@ class Step {
   template <class Make>
   Input inputs(const Weight& weight, const float* x, int64_t tokens, Make make);
   Streams streams(const Weight& weight, int64_t tokens);
+  int64_t units_per_thread(int64_t tokens) const;
   template <class After>
   void product(const Linear& linear, const Input& in, const Streams& streams, int64_t tokens, int align, float* out,
                After after);
@@ -47,7 +48,7 @@ class Step {
   void enter_cache(const Layer& layer, const Model& model, const KvLayer& cache, const Batch& batch,
                    const Rotary* rotaries, const float* scale, float* qkv, uint8_t* bad);
   int64_t sample_row(const float* logits, int count, const Sampling& how, int64_t row, float* weights);
-  int64_t plan(const AttentionShape& shape, const Batch& batch, int splits, Unit* units, bool decodes);
+  int64_t plan(const AttentionShape& shape, const Batch& batch, int lead, Unit* units, bool decodes);
 
   const Kernels& k_;
   Turn turn_;

@@ -76,8 +76,14 @@ struct Kernels {
   int64_t (*reach_limit)(int32_t limit, const void* data, int64_t count);
 };
 
-constexpr int kSplitTokens = 512;  // of the context that one unit of a decode attends to
+constexpr int kSplitSlots = 512;   // of a sequence that one unit of a decode attends to
 constexpr int kTileRows = 96;      // query rows that a unit of a prefill attends with, at most
+
+// The units of a decode that attend to the first `tokens` of a sequence, which begin at its slot `lead`. They are cut
+// where blocks are.
+inline int split_count(int64_t tokens, int lead) {
+  return static_cast<int>((tokens + lead + kSplitSlots - 1) / kSplitSlots);
+}
 
 const Kernels& generic_kernels();
 const Kernels& avx2_kernels();

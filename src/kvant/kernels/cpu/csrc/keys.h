@@ -36,8 +36,10 @@ inline void quantize_query(const Side& side, const float* q, int dim, IntegerQue
     for (int i = g * size; i < (g + 1) * size; i += 8) {
       const I8 codes = to_int(load<F8>(q + i) * inverse);
       added += codes;
-      if (is_4bit(side.kind)) store_bytes(out->narrow + i, __builtin_shufflevector(codes, codes, 0, 2, 4, 6, 1, 3, 5, 7));
-      else store_words(out->wide + i, __builtin_shufflevector(codes, codes, 0, 2, 1, 3, 4, 6, 5, 7));
+      if (is_4bit(side.kind))
+        store_bytes(out->narrow + i, __builtin_shufflevector(codes, codes, 0, 2, 4, 6, 1, 3, 5, 7));
+      else
+        store_words(out->wide + i, __builtin_shufflevector(codes, codes, 0, 2, 1, 3, 4, 6, 5, 7));
     }
     out->step[g] = step;
     out->sum[g] = step * sum(to_float(added));
@@ -142,13 +144,14 @@ inline Codes codes_of(int32_t kind) { return is_4bit(kind) ? kCodes4 : is_signed
 // Adds to scores [heads][kPitch] what the queries make of a run's keys. A size of 0 is known at run time only.
 template <int Heads, Codes Kind, int Dim, int Groups>
 inline void add_code_scores(const Side& side, int kv_head, int head_dim, const Run& run, const IntegerQuery* queries,
-                            float* scores) {
+                            float* scores, Ahead& next) {
   const int dim = Dim ? Dim : head_dim, groups = Groups ? Groups : groups_of(side), width = meta_words(side);
   const int pitch = Kind == kCodes4 ? dim / 2 : dim, bytes = pitch / groups;
   const uint8_t* rows = codes_at<uint8_t>(side, dim, run.spot);
   const uint16_t* words = meta_at(side, run.spot);
   scores += run.begin;
   for (int t = 0; t < run.end - run.begin; t += 8, rows += 8 * pitch, words += 8 * width) {
+    next.ask();
     F8 found[Heads];
     for (int h = 0; h < Heads; ++h) found[h] = load<F8>(scores + h * kPitch + t);
 #pragma GCC unroll 4
@@ -183,8 +186,9 @@ struct Floats {
 // The same for keys [tokens][dim] that are floats; queries are `dim` floats, kMaxHeadDim apart.
 template <int Heads, class Reader>
 inline void add_float_scores(const typename Reader::Type* keys, int tokens, int dim, const float* queries,
-                             float* scores) {
+                             float* scores, Ahead& next) {
   for (int t = 0; t < tokens; t += 4, keys += 4 * dim) {
+    if (t % 8 == 0) next.ask();
     F8 dots[Heads][4] = {};
     for (int i = 0; i < dim; i += 8) {
       F8 key[4];

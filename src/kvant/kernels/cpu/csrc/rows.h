@@ -6,7 +6,7 @@
 namespace kvant::KVANT_ISA {
 
 constexpr int kTile = kCentreTile;
-constexpr int kSpan = kSplitTokens + 8;  // slots of a decode's unit, in whole eights
+constexpr int kSpan = kSplitSlots;  // slots of a decode's unit
 
 struct Place {
   const KvLayer& layer;
@@ -43,14 +43,33 @@ inline int find_runs(const Place& at, int64_t first, int from, int to, Run* runs
   return count;
 }
 
-inline void prefetch(const Side& side, int dim, const Run& run) {
-  const int64_t tokens = run.end - run.begin;
-  const int64_t bytes = tokens * code_bytes(side, dim), words = 2 * tokens * meta_words(side);
-  const char* codes = codes_at<char>(side, dim, run.spot);
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + b);
-  const char* meta = reinterpret_cast<const char*>(meta_at(side, run.spot));
-  for (int64_t b = 0; b < words; b += 64) __builtin_prefetch(meta + b);
-}
+// Has a run's vectors brought to the second cache before they are needed, eight at a time while others are worked on.
+// A CPU waits for few lines at once on their way to the first cache, and stalls when it is asked for more.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Side& side, int dim, const Run& run)
+      : left_((run.end - run.begin) / 8), codes_(codes_at<char>(side, dim, run.spot)),
+        meta_(reinterpret_cast<const char*>(meta_at(side, run.spot))), code_step_(8 * code_bytes(side, dim)),
+        meta_step_(16 * meta_words(side)) {}
+
+  // Asks for the eight that follow those of the last call.
+  void ask() {
+    if (!left_) return;
+    for (int b = 0; b < code_step_; b += 64) __builtin_prefetch(codes_ + b, 0, kSecondCache);
+    if (meta_step_) __builtin_prefetch(meta_, 0, kSecondCache);
+    codes_ += code_step_, meta_ += meta_step_, --left_;
+  }
+  void ask_all() {
+    while (left_) ask();
+  }
+
+ private:
+  static constexpr int kSecondCache = 2;
+  int left_ = 0;
+  const char *codes_ = nullptr, *meta_ = nullptr;
+  int code_step_ = 0, meta_step_ = 0;
+};
 
 // Tokens [from, to) of a tile of positions.
 struct TileRows {
@@ -69,7 +88,7 @@ struct TileRows {
   }
 };
 
-// The slots of tokens [start, stop) of a sequence, at most kSplitTokens, in whole eights, which no block's end divides;
+// The slots of tokens [start, stop) of a sequence, at most kSplitSlots, in whole eights, which no block's end divides;
 // of them, [from, to) are those of the tokens. The others hold anything.
 struct Span {
   int64_t first;
@@ -78,8 +97,13 @@ struct Span {
 
   Span(const Place& at, int64_t start, int64_t stop)
       : first((start + at.layer.lead) & ~int64_t{7}), from(static_cast<int>(start + at.layer.lead - first)),
-        to(static_cast<int>(stop + at.layer.lead - first)), size((to + 7) & ~7),
+        to(static_cast<int>(stop + at.layer.lead - first)), size(start < stop ? (to + 7) & ~7 : 0),
         count(find_runs(at, first, 0, size, runs)) {}
+
+  // What asks for a side of run `index`, if there is one.
+  Ahead ahead(const Place& at, const Side& side, int index) const {
+    return index < count ? Ahead(side, at.dim, runs[index]) : Ahead();
+  }
 };
 
 }  // namespace kvant::KVANT_ISA

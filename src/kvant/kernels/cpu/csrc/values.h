@@ -81,10 +81,11 @@ constexpr int row_bytes(int dim) {
 // sums[head] += 32 dims of a run's codes times the heads' weights, `pitch` apart, times their units.
 template <int Heads, Codes Kind, class Count>
 inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* weights, int64_t pitch,
-                     const float* units, float* sums) {
+                     const float* units, float* sums, Ahead& next) {
   const int bytes = row_bytes<Kind>(dim);
   I8 acc[Heads][kColumns] = {};
   for (int t = 0; t < tokens; t += 2, rows += 2 * bytes, weights += 2) {
+    if (t % 8 == 0) next.ask();
     pair_rows<Kind>(rows, rows + bytes, [&](int i, S16 pair) {
       wait_for(weights);  // broadcast again: there are no registers to keep them in
       for (int h = 0; h < Heads; ++h) acc[h][i] = add_pairs(acc[h][i], pair, broadcast_pair(weights + h * pitch));
@@ -96,9 +97,10 @@ inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* 
 
 // The same for one head and 4-bit codes in groups of 16 dims.
 inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* first, const int16_t* second,
-                       float unit, float* sums) {
+                       float unit, float* sums, Ahead& next) {
   I8 acc[kColumns] = {};
   for (int t = 0; t < tokens; t += 2, rows += dim) {
+    if (t % 8 == 0) next.ask();
     pair_rows<kCodes4>(rows, rows + dim / 2, [&](int i, S16 pair) {
       const int16_t* low = paired_dim(true, i, 0) >= 16 ? second : first;
       const int16_t* high = paired_dim(true, i, 4) >= 16 ? second : first;
@@ -111,11 +113,13 @@ inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* 
 // sums[head][0 to Vectors) += values [tokens][dim], of which the columns from `values` on, times weights
 // [head][kPitch].
 template <int Heads, int Vectors, class Reader>
-inline void add_columns(const typename Reader::Type* values, int dim, int tokens, const float* weights, float* sums) {
+inline void add_columns(const typename Reader::Type* values, int dim, int tokens, const float* weights, float* sums,
+                        Ahead& next) {
   F8 acc[Heads][Vectors];
   for (int h = 0; h < Heads; ++h)
     for (int i = 0; i < Vectors; ++i) acc[h][i] = load<F8>(sums + h * kMaxHeadDim + 8 * i);
   for (int t = 0; t < tokens; ++t, values += dim) {
+    if (t % 8 == 0) next.ask();
     F8 weight[Heads];
     for (int h = 0; h < Heads; ++h) weight[h] = all(weights[h * kPitch + t]);
     for (int i = 0; i < Vectors; ++i) {
@@ -128,11 +132,12 @@ inline void add_columns(const typename Reader::Type* values, int dim, int tokens
 }
 
 template <int Heads, class Reader>
-inline void add_values(const typename Reader::Type* values, int dim, int tokens, const float* weights, float* sums) {
+inline void add_values(const typename Reader::Type* values, int dim, int tokens, const float* weights, float* sums,
+                        Ahead& next) {
   int i = 0;
   for (; i + 8 * kColumns <= dim; i += 8 * kColumns)
-    add_columns<Heads, kColumns, Reader>(values + i, dim, tokens, weights, sums + i);
-  for (; i < dim; i += 8) add_columns<Heads, 1, Reader>(values + i, dim, tokens, weights, sums + i);
+    add_columns<Heads, kColumns, Reader>(values + i, dim, tokens, weights, sums + i, next);
+  for (; i < dim; i += 8) add_columns<Heads, 1, Reader>(values + i, dim, tokens, weights, sums + i, next);
 }
 
 }  // namespace kvant::KVANT_ISA
