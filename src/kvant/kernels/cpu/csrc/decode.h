@@ -37,7 +37,8 @@ struct Scores {
     start(at, heads, it);
     for (int i = 0; i < it.count; ++i) {
       const Run& run = it.runs[i];
-      Ahead next = i + 1 < it.count ? it.ahead(at, at.layer.key, i + 1) : it.ahead(at, at.layer.value, 0);
+      const bool last = i + 1 == it.count;
+      Ahead next(last ? at.layer.value : at.layer.key, at.dim, it.runs[last ? 0 : i + 1]);
       if (!key_is_integer(at.layer.key, at.dim)) add_floats(at, heads, run, next);
       else
         for_heads<kHeadsAtOnce>(heads.count,
@@ -122,10 +123,16 @@ struct Mixed {
     }
   }
 
-  void add(const Place& at, const Span& it, int heads, Scores& scores) {
+  // Adds a span's tokens, and asks for `after` at the end.
+  void add(const Place& at, const Span& it, int heads, Scores& scores, Ahead after) {
     for (int h = 0; h < heads; ++h) softmax[h].raise(scores.of(h), it.size);
-    if (!integer) return add_floats(at, it, heads, scores);
-    for (int i = 0; i < it.count; ++i) add_codes(at, it, i, heads, scores);
+    if (!integer)
+      for (int h = 0; h < heads; ++h) softmax[h].weigh(scores.of(h), it.size);
+    for (int i = 0; i < it.count; ++i) {
+      const Ahead next = i + 1 < it.count ? Ahead(at.layer.value, at.dim, it.runs[i + 1]) : after;
+      if (integer) add_codes(at, it, it.runs[i], heads, scores, next);
+      else add_floats(at, it, it.runs[i], heads, scores, next);
+    }
   }
 
   // The sums in the order of the head's dims.
@@ -146,17 +153,9 @@ struct Mixed {
   }
 
  private:
-  void add_floats(const Place& at, const Span& it, int heads, Scores& scores) {
-    for (int h = 0; h < heads; ++h) softmax[h].weigh(scores.of(h), it.size);
-    for (int i = 0; i < it.count; ++i) {
-      const int from = std::max(it.from, it.runs[i].begin), to = std::min(it.to, it.runs[i].end);
-      add_floats(at, it.runs[i].spot + (from - it.runs[i].begin), from, to, heads, scores,
-                 it.ahead(at, at.layer.value, i + 1));
-    }
-  }
-
-  // Tokens [from, to), whose values begin at `spot`.
-  void add_floats(const Place& at, Spot spot, int from, int to, int heads, Scores& scores, Ahead next) {
+  void add_floats(const Place& at, const Span& it, const Run& run, int heads, Scores& scores, Ahead next) {
+    const int from = std::max(it.from, run.begin), to = std::min(it.to, run.end);
+    const Spot spot = run.spot + (from - run.begin);
     const Side& value = at.layer.value;
     if (value.kind == kVectorF16) {
       const uint16_t* values = codes_at<uint16_t>(value, at.dim, spot);
@@ -175,8 +174,7 @@ struct Mixed {
     }
   }
 
-  void add_codes(const Place& at, const Span& it, int i, int heads, Scores& scores) {
-    const Run& run = it.runs[i];
+  void add_codes(const Place& at, const Span& it, const Run& run, int heads, Scores& scores, Ahead next) {
     const Side& value = at.layer.value;
     const Steps steps(value, at.kv_head, run, it.from, it.to);
     alignas(32) Weights weights[kMaxShared];
@@ -186,7 +184,6 @@ struct Mixed {
         round_weights<groups()>(scores, steps, run.begin, count, heads, weights, units);
       });
     });
-    const Ahead next = it.ahead(at, value, i + 1);
     switch (codes_of(value.kind)) {
       case kCodes4: return mix<kCodes4>(at, run, heads, weights, units, next);
       case kUnsigned8: return mix<kUnsigned8>(at, run, heads, weights, units, next);
@@ -299,23 +296,32 @@ inline void store_partial(float* out, const Softmax& a, const float* x, const So
   for (int i = 0; i < dim; ++i) out[2 + i] = x[i] * left + (b ? y[i] * right : 0.0f);
 }
 
-// Tokens [start, stop) of a sequence, for `heads` query heads of a KV head (at most kMaxShared) from `head` on.
-inline void attend_heads(const AttentionWork& work, const Place& at, int token, int head, int count, int split,
-                         int64_t start, int64_t stop) {
-  const int64_t sunk = std::min<int64_t>(stop, at.layer.sinks);
-  const bool has_sinks = start < sunk;
-  const Span it(at, std::max<int64_t>(start, at.layer.sinks), stop);
-  it.ahead(at, at.layer.key, 0).ask_all();
-  const Heads heads(at, work.q + token * work.q_stride + static_cast<int64_t>(head) * at.dim, count);
-  Mixed mixed(at, count);
+// The slots of split `split` of a sequence that a token at `position` attends to: those of tokens [start, stop).
+struct Split {
+  int64_t start, stop;
+  Split(const Place& at, int64_t position, int split) {
+    const int64_t oldest = at.shape.window ? std::max<int64_t>(0, position - at.shape.window + 1) : 0;
+    const int64_t first = int64_t{split} * kSplitSlots - at.layer.lead;
+    start = std::max(oldest, first), stop = std::min(position + 1, first + kSplitSlots);
+  }
+};
+
+// One part of a context for the query heads from `head` on; `after` is what comes next.
+inline void attend_split(const AttentionWork& work, const Place& at, const Heads& heads, int token, int head, int split,
+                         Ahead after) {
+  const Split part(at, work.batch->positions[token], split);
+  const int64_t sunk = std::min<int64_t>(part.stop, at.layer.sinks);
+  const bool has_sinks = part.start < sunk;
+  const Span it(at, std::max<int64_t>(part.start, at.layer.sinks), part.stop);
+  Mixed mixed(at, heads.count);
   Sinks sinks;
   Scores scores;
-  if (has_sinks) sinks.attend(at, heads, start, sunk);
+  if (has_sinks) sinks.attend(at, heads, part.start, sunk);
   if (it.size) {
     scores.compute(at, heads, it);
-    mixed.add(at, it, count, scores);
+    mixed.add(at, it, heads.count, scores, after);
   }
-  for (int h = 0; h < count; ++h) {
+  for (int h = 0; h < heads.count; ++h) {
     float sums[kMaxHeadDim];
     mixed.collect(at, h, sums);
     const int64_t row = static_cast<int64_t>(token) * at.shape.heads + head + h;
@@ -324,16 +330,22 @@ inline void attend_heads(const AttentionWork& work, const Place& at, int token, 
   }
 }
 
-// One new token of a sequence, all query heads of one KV head, kSplitSlots of the context.
-void attend_split(const AttentionWork& work, int sequence, int token, int kv_head, int split) {
+// One new token of a sequence, all query heads of one KV head, the splits [first, last) of the context.
+void attend_splits(const AttentionWork& work, int sequence, int token, int kv_head, int first, int last) {
   const Place at(work, sequence, kv_head);
   const int shared = at.shape.heads / at.shape.kv_heads;
-  const int64_t position = work.batch->positions[token];
-  const int64_t oldest = at.shape.window ? std::max<int64_t>(0, position - at.shape.window + 1) : 0;
-  const int64_t first = int64_t{split} * kSplitSlots - at.layer.lead;
-  const int64_t start = std::max(oldest, first), stop = std::min(position + 1, first + kSplitSlots);
-  for (int base = 0; base < shared; base += kMaxShared)
-    attend_heads(work, at, token, kv_head * shared + base, std::min(kMaxShared, shared - base), split, start, stop);
+  const auto keys = [&](int split) {
+    const Run run{0, std::min(kTile, at.layer.block_size), at.spot(int64_t{split} * kSplitSlots)};
+    return split < last ? Ahead(at.layer.key, at.dim, run) : Ahead();
+  };
+  keys(first).ask_all();
+  for (int base = 0; base < shared; base += kMaxShared) {
+    const int head = kv_head * shared + base;
+    const float* q = work.q + token * work.q_stride + static_cast<int64_t>(head) * at.dim;
+    const Heads heads(at, q, std::min(kMaxShared, shared - base));
+    for (int split = first; split < last; ++split)
+      attend_split(work, at, heads, token, head, split, keys(split + 1));
+  }
 }
 
 // The parts of one head's context put together: its output.

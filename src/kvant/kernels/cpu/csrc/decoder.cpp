@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
+constexpr int kSplitsAtOnce = 2;       // of a context, in one unit of work for several threads
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -149,22 +150,20 @@ void Step::write_head(const KvLayer& cache, const AttentionShape& shape, const B
       bad[t] = 1;
 }
 
-// Units of attention: for decodes a token, a KV head and a split; for prompts a tile of tokens and a KV head.
-int64_t Step::plan(const AttentionShape& shape, const Batch& batch, int lead, Unit* units, bool decodes) {
+// Units of attention: for decodes a token, a KV head and up to `at_once` splits; with none, only those of prompts, a tile
+// of tokens and a KV head.
+int64_t Step::plan(const AttentionShape& shape, const Batch& batch, int lead, int at_once, Unit* units) {
   const int shared = shape.heads / shape.kv_heads, tile = std::max(1, kTileRows / shared);
   int64_t count = 0;
   for (int s = 0; s < batch.sequences; ++s) {
     const int start = static_cast<int>(batch.query_starts[s]), stop = static_cast<int>(batch.query_starts[s + 1]);
     const bool few = (stop - start) * shared <= kFewRows || stop - start == 1 || shared > kTileRows;
-    if (few != decodes) continue;
+    if (few != (at_once > 0)) continue;
     for (int head = 0; head < shape.kv_heads; ++head) {
-      if (few) {
-        for (int t = start; t < stop; ++t)
-          for (int split = 0; split < split_count(batch.positions[t] + 1, lead); ++split)
-            units[count++] = {s, t, t + 1, head, split};
-      } else {
-        for (int t = start; t < stop; t += tile) units[count++] = {s, t, std::min(stop, t + tile), head, 0};
-      }
+      for (int t = start; !few && t < stop; t += tile) units[count++] = {s, t, std::min(stop, t + tile), head, 0, 0};
+      for (int t = start; few && t < stop; ++t)
+        for (int splits = split_count(batch.positions[t] + 1, lead), i = 0; i < splits; i += at_once)
+          units[count++] = {s, t, t + 1, head, i, std::min(splits, i + at_once)};
     }
   }
   return count;
@@ -176,12 +175,14 @@ void Step::attention(const KvLayer& cache, const AttentionShape& shape, const Ba
   for (int s = 0; s < batch.sequences; ++s) longest = std::max(longest, batch.context_lens[s]);
   const int lead = cache.lead, splits = split_count(longest, lead);
   Unit* units = turn_.arena().take<Unit>(int64_t{batch.tokens} * shape.kv_heads * splits);
-  const int64_t tiles = plan(shape, batch, lead, units, false);
+  const int64_t tiles = plan(shape, batch, lead, 0, units);
   AttentionWork work{&cache, &shape, &batch, q, stride, out, nullptr, splits};
   turn_.run(tiles, [&](int64_t i) {
     k_.attend_tile(work, units[i].sequence, units[i].first, units[i].last, units[i].kv_head);
   });
-  const int64_t parts = plan(shape, batch, lead, units, true);
+  // What a token's splits share is made once for those of a unit; one thread needs no more units than that.
+  const int at_once = turn_.threads() > 1 ? kSplitsAtOnce : splits;
+  const int64_t parts = plan(shape, batch, lead, at_once, units);
   if (!parts) return;
   work.partials = turn_.arena().take<float>(int64_t{batch.tokens} * shape.heads * splits * (shape.head_dim + 2));
   const int shared = shape.heads / shape.kv_heads;
@@ -189,10 +190,11 @@ void Step::attention(const KvLayer& cache, const AttentionShape& shape, const Ba
     for (int h = 0; h < shared; ++h) k_.attend_merge(work, unit.sequence, unit.first, unit.kv_head * shared + h);
   };
   turn_.run(parts, [&](int64_t i) {
-    k_.attend_split(work, units[i].sequence, units[i].first, units[i].kv_head, units[i].split);
-    if (splits == 1) merge(units[i]);
+    const Unit& unit = units[i];
+    k_.attend_splits(work, unit.sequence, unit.first, unit.kv_head, unit.split, unit.last_split);
+    if (splits <= at_once) merge(unit);
   });
-  if (splits == 1) return;
+  if (splits <= at_once) return;
   turn_.run(parts, [&](int64_t i) {
     if (!units[i].split) merge(units[i]);
   });

@@ -27,7 +27,7 @@ class Step {
 
  private:
   struct Unit {
-    int sequence, first, last, kv_head, split;
+    int sequence, first, last, kv_head, split, last_split;
   };
   template <class Body>
   void rows(int64_t count, Body body);
@@ -48,7 +48,7 @@ class Step {
   void enter_cache(const Layer& layer, const Model& model, const KvLayer& cache, const Batch& batch,
                    const Rotary* rotaries, const float* scale, float* qkv, uint8_t* bad);
   int64_t sample_row(const float* logits, int count, const Sampling& how, int64_t row, float* weights);
-  int64_t plan(const AttentionShape& shape, const Batch& batch, int lead, Unit* units, bool decodes);
+  int64_t plan(const AttentionShape& shape, const Batch& batch, int lead, int at_once, Unit* units);
 
   const Kernels& k_;
   Turn turn_;

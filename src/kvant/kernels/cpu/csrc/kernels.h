@@ -70,17 +70,16 @@ struct Kernels {
   int (*argmax_row)(const float* x, int count);
   double (*exponentials_row)(const float* x, int count, float top, float factor, float* out);
   bool (*write_vector)(const Side&, const KvLayer&, int head, int dim, int64_t slot, int64_t position, const float* x);
-  void (*attend_split)(const AttentionWork&, int sequence, int token, int kv_head, int split);
+  void (*attend_splits)(const AttentionWork&, int sequence, int token, int kv_head, int first, int last);
   void (*attend_merge)(const AttentionWork&, int sequence, int token, int head);
   void (*attend_tile)(const AttentionWork&, int sequence, int first, int last, int kv_head);
   int64_t (*reach_limit)(int32_t limit, const void* data, int64_t count);
 };
 
-constexpr int kSplitSlots = 512;   // of a sequence that one unit of a decode attends to
+constexpr int kSplitSlots = 512;   // of a sequence in one part of a decode's attention
 constexpr int kTileRows = 96;      // query rows that a unit of a prefill attends with, at most
 
-// The units of a decode that attend to the first `tokens` of a sequence, which begin at its slot `lead`. They are cut
-// where blocks are.
+// The parts of the first `tokens` of a sequence, which begin at its slot `lead`. They are cut where blocks are.
 inline int split_count(int64_t tokens, int lead) {
   return static_cast<int>((tokens + lead + kSplitSlots - 1) / kSplitSlots);
 }

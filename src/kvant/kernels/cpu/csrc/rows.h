@@ -99,11 +99,6 @@ struct Span {
       : first((start + at.layer.lead) & ~int64_t{7}), from(static_cast<int>(start + at.layer.lead - first)),
         to(static_cast<int>(stop + at.layer.lead - first)), size(start < stop ? (to + 7) & ~7 : 0),
         count(find_runs(at, first, 0, size, runs)) {}
-
-  // What asks for a side of run `index`, if there is one.
-  Ahead ahead(const Place& at, const Side& side, int index) const {
-    return index < count ? Ahead(side, at.dim, runs[index]) : Ahead();
-  }
 };
 
 }  // namespace kvant::KVANT_ISA
