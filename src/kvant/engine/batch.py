@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from kvant.models.rope import rope_lengths
 from kvant.models.spec import RopeSpec
 
 Numbers = NDArray[np.int64]
+_FEW = 64  # tokens; from here on arrays are faster than lists
 
 
 @dataclass(frozen=True)
@@ -45,39 +47,50 @@ def build_batch(plan: Plan, paging: Paging, rope: RopeSpec | None, known: bool =
         known: whether the tokens are; else their ids are 0.
     """
     rows = plan.rows
-    firsts, stops = np.array([row.start for row in rows]), np.array([row.stop for row in rows])
-    ends = np.cumsum(stops - firsts)
-    owner = np.repeat(np.arange(len(rows)), stops - firsts)
-    positions = np.arange(ends[-1]) + (stops - ends)[owner]
-    slots, block_size = positions + paging.lead, paging.block_size
     tables = _block_tables(rows)
+    few_decoded = plan.num_tokens == len(rows) <= _FEW
+    owner, positions, slots = _few_decoded(rows, paging) if few_decoded else _spread(rows, tables, paging)
     attention = AttentionBatch(
         positions=torch.from_numpy(positions),
-        slots=torch.from_numpy(tables[owner, slots // block_size] * block_size + slots % block_size),
-        query_starts=(0, *ends.tolist()),
-        context_lens=tuple(stops.tolist()),
+        slots=torch.from_numpy(slots),
+        query_starts=tuple(accumulate([row.stop - row.start for row in rows], initial=0)),
+        context_lens=tuple([row.stop for row in rows]),
         block_tables=torch.from_numpy(tables),
     )
-    ids = np.array([token for row in rows for token in _ids(row)]) if known else np.zeros_like(positions)
+    ids = _ids(rows) if known else np.zeros_like(positions)
     return Batch(torch.from_numpy(ids), attention, _rope_lengths(rows, owner, attention.positions, rope))
+
+
+def _ids(rows: Sequence[Row]) -> Numbers:
+    return np.array([token for sequence, start, stop, _ in rows for token in sequence.tokens(start, stop)])
 
 
 def _block_tables(rows: Sequence[Row]) -> Numbers:
     """[S, max_blocks], padded with block 0."""
     held = [row.sequence.blocks for row in rows]
-    counts = np.array([len(blocks) for blocks in held])
-    tables = np.zeros((len(rows), counts.max()), dtype=np.int64)
-    tables[np.arange(tables.shape[1]) < counts[:, None]] = np.frombuffer(b"".join(held), dtype=np.int64)
-    return tables
+    width = max(map(len, held)) * held[0].itemsize
+    tables = bytearray().join([blocks.tobytes().ljust(width, b"\0") for blocks in held])
+    return np.frombuffer(tables, dtype=np.int64).reshape(len(rows), -1)
 
 
-def _ids(row: Row) -> list[int]:
-    sequence, start, stop, _ = row
-    decodes = stop == start + 1 == sequence.total and sequence.output
-    return sequence.output[-1:] if decodes else sequence.tokens(start, stop)
+def _few_decoded(rows: Sequence[Row], paging: Paging) -> tuple[slice, Numbers, Numbers]:
+    """As `_spread`, for rows of one token, without arrays: a step of a small model has no time for them."""
+    lead, size = paging.lead, paging.block_size
+    places = [(sequence.blocks, start + lead) for sequence, start, _, _ in rows]
+    slots = [blocks[place // size] * size + place % size for blocks, place in places]
+    return slice(None), np.array([row.start for row in rows]), np.array(slots)
 
 
-def _rope_lengths(rows: Sequence[Row], owner: Numbers, positions: Tensor, rope: RopeSpec | None) -> Tensor:
+def _spread(rows: Sequence[Row], tables: Numbers, paging: Paging) -> tuple[Numbers, Numbers, Numbers]:
+    """Of each token, all [T]: its row, its position, its slot."""
+    firsts, stops = np.array([row.start for row in rows]), np.array([row.stop for row in rows])
+    owner = np.repeat(np.arange(len(rows)), stops - firsts)
+    positions = np.arange(len(owner)) + (stops - np.cumsum(stops - firsts))[owner]
+    block, offset = np.divmod(positions + paging.lead, paging.block_size)
+    return owner, positions, tables[owner, block] * paging.block_size + offset
+
+
+def _rope_lengths(rows: Sequence[Row], owner: Numbers | slice, positions: Tensor, rope: RopeSpec | None) -> Tensor:
     if rope is None:
         return positions + 1
     prompts = np.array([len(row.sequence.request.prompt) for row in rows])

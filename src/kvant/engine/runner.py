@@ -80,7 +80,6 @@ class Runner:
         """Copy the plan's blocks, compute its tokens, write their KV, and draw the tokens it asks for."""
         return self.launch(plan).sampled()
 
-    @torch.inference_mode()
     def launch(self, plan: Plan, after: Flight | None = None) -> Flight:
         """As `run`, but it does not wait for the device.
 
@@ -112,7 +111,8 @@ class Runner:
         hidden = self._decoder.forward(ids, on_device.attention, on_device.rope_lengths, self._store.layers)
         spans = list(pairwise(batch.attention.query_starts))
         for row, (start, stop) in zip(plan.rows, spans, strict=True):
-            self._collect_prompt_logprobs(row, hidden[start:stop])
+            if row.sequence.request.sampling.prompt_logprobs is not None:
+                self._collect_prompt_logprobs(row, hidden[start:stop])
         ends = [stop - 1 for row, (_, stop) in zip(plan.rows, spans, strict=True) for _ in row.samplers]
         bad = on_device.attention.reported_not_finite
         return self._decoder.logits(_chosen(hidden, ends)) if ends else None, bad

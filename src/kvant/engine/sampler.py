@@ -59,16 +59,15 @@ def _reshape(logits: Tensor, sequence: Sequence) -> None:
 
 
 def _sampling_batch(sequences: List[Sequence], ahead: int) -> SamplingBatch:
-    filters = np.array([sequence.request.sampling.filters for sequence in sequences])
-    temperature, top_k, top_p, min_p = filters.T
+    temperature, top_k, top_p, min_p = zip(*[sequence.request.sampling.filters for sequence in sequences], strict=True)
     uniform = [
         0.0 if sequence.request.sampling.temperature == 0 else sequence.randomness.at(len(sequence.output) + ahead)
         for sequence in sequences
     ]
     return SamplingBatch(
-        temperature=torch.from_numpy(temperature.astype(np.float32)),
-        top_k=torch.from_numpy(top_k.astype(np.int64)),
-        top_p=torch.from_numpy(top_p.astype(np.float32)),
-        min_p=torch.from_numpy(min_p.astype(np.float32)),
+        temperature=torch.from_numpy(np.array(temperature, dtype=np.float32)),
+        top_k=torch.from_numpy(np.array(top_k, dtype=np.int64)),
+        top_p=torch.from_numpy(np.array(top_p, dtype=np.float32)),
+        min_p=torch.from_numpy(np.array(min_p, dtype=np.float32)),
         uniform=torch.from_numpy(np.array(uniform)),
     )

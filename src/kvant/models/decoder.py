@@ -18,6 +18,8 @@ from kvant.models.spec import ModelSpec
 class Decoder:
     """A model bound to a backend. It holds no state of any sequence: the KV cache is an argument.
 
+    Whoever calls it often does so in `torch.inference_mode`: its weights ask for no gradients, but torch keeps looking.
+
     Args:
         spec: the model's.
         weights: prepared for the backend.
@@ -39,7 +41,6 @@ class Decoder:
         """The same model bound to other ops that take the same prepared weights."""
         return Decoder(self.spec, self._weights, ops, self._dtype)
 
-    @torch.inference_mode()
     def forward(self, ids: Tensor, batch: AttentionBatch, rope_lengths: Tensor, cache: Sequence[KVLayer]) -> Tensor:
         """Hidden states after the final norm, [T, hidden]; writes the tokens' KV into `cache`, one entry a layer.
 
@@ -66,7 +67,6 @@ class Decoder:
         normed: Tensor = ops.add_rms_norm(x, residual, self._weights.norm, spec.rms_eps)[0]
         return normed
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, hidden] -> logits [R, vocab] float32."""
         if self._fused is not None:

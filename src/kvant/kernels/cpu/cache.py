@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -147,23 +148,24 @@ class NativeBatch:
     """A step's tokens, and the memory that the structure points to."""
 
     struct: structs.Batch
-    memory: tuple[Tensor, ...]
+    memory: tuple[Tensor | array[int], ...]
 
 
 def bind_batch(batch: AttentionBatch, ids: Tensor | None = None) -> NativeBatch:
-    """The structure of a step's tokens."""
-    starts, lengths = torch.tensor(batch.query_starts), torch.tensor(batch.context_lens)
+    """The structure of a step's tokens; `ids` [T] int64, contiguous."""
+    starts, lengths = array("q", batch.query_starts), array("q", batch.context_lens)
+    positions, slots = batch.positions.contiguous(), batch.slots.contiguous()
     tables = batch.block_tables.contiguous()
-    memory = (batch.positions.contiguous(), batch.slots.contiguous(), starts, lengths, tables)
     struct = structs.Batch(
-        tokens=len(batch.positions),
+        tokens=len(positions),
         sequences=len(lengths),
         table_width=tables.shape[1],
         ids=pointer(ids),
-        positions=pointer(memory[0]),
-        slots=pointer(memory[1]),
-        query_starts=pointer(starts),
-        context_lens=pointer(lengths),
+        positions=pointer(positions),
+        slots=pointer(slots),
+        query_starts=starts.buffer_info()[0],
+        context_lens=lengths.buffer_info()[0],
         block_tables=pointer(tables),
     )
+    memory = (positions, slots, starts, lengths, tables)
     return NativeBatch(struct, memory if ids is None else (*memory, ids))

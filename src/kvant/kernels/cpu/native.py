@@ -107,4 +107,4 @@ def pointer(x: Tensor | None) -> int | None:
 
 def floats(x: Tensor) -> Tensor:
     """Contiguous float32, the tensor itself where it is that already."""
-    return x.to(torch.float32).contiguous()
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
