@@ -35,7 +35,8 @@ class Decoder:
         self._ropes = {
             layer.rope: RotaryEmbedding(layer.rope, ops.device) for layer in spec.layers if layer.rope is not None
         }
-        self._fused = fuse(spec, weights, ops, [attention_shape(spec, layer) for layer in spec.layers])
+        shapes = [attention_shape(spec, layer) for layer in spec.layers]
+        self._fused = fuse(spec, weights, ops, shapes, self._ropes)
 
     def with_ops(self, ops: Ops) -> Decoder:
         """The same model bound to other ops that take the same prepared weights."""
@@ -51,12 +52,12 @@ class Decoder:
             cache: the layers of the KV store.
         """
         ops, spec = self.ops, self.spec
-        rotary = {rope: embed(batch.positions, rope_lengths) for rope, embed in self._ropes.items()}
         query_scale = None if spec.log_n_length is None else log_n_scale(batch.positions, spec.log_n_length)
         if self._fused is not None:
-            hidden = self._fused.forward(ids, batch, rotary, query_scale, cache)
+            hidden = self._fused.forward(ids, batch, rope_lengths, query_scale, cache)
             if hidden is not None:
                 return hidden
+        rotary = {rope: embed(batch.positions, rope_lengths) for rope, embed in self._ropes.items()}
         x = ops.embedding(ids, self._weights.embedding) * spec.embedding_scale
         x = x if self._dtype is None else x.to(self._dtype)
         residual = torch.zeros_like(x)
