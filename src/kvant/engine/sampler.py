@@ -32,7 +32,13 @@ class Sampler:
             logits = logits.clone()
         for row in reshaped:
             _reshape(logits[row], sequences[row])
-        return self._ops.sample(logits, _sampling_batch(sequences, ahead))
+        return self._ops.sample(logits, sampling_batch(sequences, ahead))
+
+
+def wants_a_token_alone(sequence: Sequence) -> bool:
+    """Whether a sequence takes the model's distribution as it is, and wants to know no more of it than a token."""
+    sampling = sequence.request.sampling
+    return sampling.logprobs is None and sampling.prompt_logprobs is None and not _reshapes(sequence)
 
 
 def _reshapes(sequence: Sequence) -> bool:
@@ -58,7 +64,8 @@ def _reshape(logits: Tensor, sequence: Sequence) -> None:
         logits[sorted(sequence.request.stop_ids)] = float("-inf")
 
 
-def _sampling_batch(sequences: List[Sequence], ahead: int) -> SamplingBatch:
+def sampling_batch(sequences: List[Sequence], ahead: int) -> SamplingBatch:
+    """What the sequences ask of their next token's distribution once it is reshaped; `ahead` as in `Sampler.draw`."""
     temperature, top_k, top_p, min_p = zip(*[sequence.request.sampling.filters for sequence in sequences], strict=True)
     uniform = [
         0.0 if sequence.request.sampling.temperature == 0 else sequence.randomness.at(len(sequence.output) + ahead)

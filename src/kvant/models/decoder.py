@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
-from kvant.kernels.ops import AttentionBatch, Ops
+from kvant.kernels.ops import AttentionBatch, Ops, SamplingBatch
 from kvant.models.fused import fuse
 from kvant.models.layers import DecoderWeights, TokenContext, attention_shape, computed, decoder_layer, log_n_scale
 from kvant.models.rope import RotaryEmbedding
@@ -51,8 +51,7 @@ class Decoder:
             rope_lengths: [T] int64, see `models.rope.rope_lengths`.
             cache: the layers of the KV store.
         """
-        ops, spec = self.ops, self.spec
-        query_scale = None if spec.log_n_length is None else log_n_scale(batch.positions, spec.log_n_length)
+        ops, spec, query_scale = self.ops, self.spec, self._query_scale(batch)
         if self._fused is not None:
             hidden = self._fused.forward(ids, batch, rope_lengths, query_scale, cache)
             if hidden is not None:
@@ -75,3 +74,35 @@ class Decoder:
         logits = self._weights.head(self.ops, hidden).float()
         cap = self.spec.final_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def draws(self) -> bool:
+        """Whether the backend has `draw`."""
+        return self._fused is not None
+
+    def draw(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        rope_lengths: Tensor,
+        cache: Sequence[KVLayer],
+        wishes: SamplingBatch,
+    ) -> Tensor | None:
+        """The token after each of a step's tokens, [T] int64: `forward`, `logits` and `Ops.sample` at once.
+
+        None where the backend does not do that with this cache; then nothing has been done.
+
+        Args:
+            ids: as `forward` takes them, and so are batch, rope_lengths and cache.
+            batch: see there.
+            rope_lengths: see there.
+            cache: see there.
+            wishes: a row a token.
+        """
+        if self._fused is None:
+            return None
+        return self._fused.draw(ids, batch, rope_lengths, self._query_scale(batch), cache, wishes)
+
+    def _query_scale(self, batch: AttentionBatch) -> Tensor | None:
+        length = self.spec.log_n_length
+        return None if length is None else log_n_scale(batch.positions, length)

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from ctypes import POINTER, byref, c_void_p, cast
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer, check_finite
 from kvant.kernels.cpu import structs
-from kvant.kernels.cpu.cache import NativeCache, bind_batch, bind_cache, bind_shape, is_native
+from kvant.kernels.cpu.cache import NativeCache, bind_batch, bind_cache, bind_sampling, bind_shape, is_native
 from kvant.kernels.cpu.native import Native, floats, pointer
 from kvant.kernels.cpu.ops import CpuOps
-from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops
+from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops, SamplingBatch
 from kvant.models.layers import DecoderWeights, LayerWeights, Linear
 from kvant.models.rope import RotaryEmbedding
 from kvant.models.spec import ModelSpec, RopeSpec
@@ -78,24 +79,45 @@ class FusedDecoder:
         native_cache = self._cache(cache)
         if native_cache is None:
             return None
+        hidden = torch.empty(len(ids), self._spec.hidden_size)
+        self._run("forward", ids, batch, rope_lengths, query_scale, native_cache, pointer(hidden))
+        return hidden
+
+    def draw(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        rope_lengths: Tensor,
+        query_scale: Tensor | None,
+        cache: Sequence[KVLayer],
+        wishes: SamplingBatch,
+    ) -> Tensor | None:
+        """As `Decoder.draw`; see `forward`."""
+        native_cache = self._cache(cache)
+        if native_cache is None:
+            return None
+        how = bind_sampling(wishes)
+        tokens = torch.from_numpy(np.empty(batch.query_starts[-1], dtype=np.int64))
+        self._run("draw", ids, batch, rope_lengths, query_scale, native_cache, byref(how.struct), pointer(tokens))
+        return tokens
+
+    def _run(
+        self,
+        name: str,
+        ids: Tensor,
+        batch: AttentionBatch,
+        rope_lengths: Tensor,
+        query_scale: Tensor | None,
+        cache: NativeCache,
+        *results: object,
+    ) -> None:
         tokens = bind_batch(batch, ids.contiguous())
         ropes = self._fixed_ropes or self._bind_ropes(rope_lengths)
         scale = None if query_scale is None else floats(query_scale)
-        hidden = torch.empty(len(ids), self._spec.hidden_size)
-        bad = torch.zeros(len(ids), dtype=torch.uint8)
-        if self._native.call(
-            "forward",
-            byref(self._model),
-            native_cache.structs,
-            byref(tokens.struct),
-            ropes.structs,
-            len(ropes.memory),
-            pointer(scale),
-            pointer(hidden),
-            pointer(bad),
-        ):
+        bad = torch.from_numpy(np.empty(batch.query_starts[-1], dtype=np.uint8))
+        step = byref(self._model), cache.structs, byref(tokens.struct), ropes.structs, len(ropes.memory)
+        if self._native.call(name, *step, pointer(scale), pointer(bad), *results):
             check_finite(bad == 0)
-        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `Decoder.logits`."""

@@ -1,4 +1,4 @@
-"""A layer's KV cache as the kernels see it: pointers to its planes and to what its codecs work with."""
+"""A layer's KV cache and a step's tokens as the kernels see them: pointers to tensors, and what keeps these alive."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvant.formats.kv_codecs import (
 from kvant.formats.kv_stats import CENTRE_TILE, LayerStats, polynomials
 from kvant.kernels.cpu import structs
 from kvant.kernels.cpu.native import floats, pointer
-from kvant.kernels.ops import AttentionBatch, AttentionShape
+from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 
 _MAX_HEAD_DIM = 256
 _MAX_ORDER = 4  # terms of a centre
@@ -157,7 +157,7 @@ def bind_batch(batch: AttentionBatch, ids: Tensor | None = None) -> NativeBatch:
     positions, slots = batch.positions.contiguous(), batch.slots.contiguous()
     tables = batch.block_tables.contiguous()
     struct = structs.Batch(
-        tokens=len(positions),
+        tokens=batch.query_starts[-1],
         sequences=len(lengths),
         table_width=tables.shape[1],
         ids=pointer(ids),
@@ -169,3 +169,18 @@ def bind_batch(batch: AttentionBatch, ids: Tensor | None = None) -> NativeBatch:
     )
     memory = (positions, slots, starts, lengths, tables)
     return NativeBatch(struct, memory if ids is None else (*memory, ids))
+
+
+@dataclass(frozen=True, eq=False)
+class NativeSampling:
+    """How rows are sampled, and the memory that the structure points to."""
+
+    struct: structs.Sampling
+    memory: tuple[Tensor, ...]
+
+
+def bind_sampling(params: SamplingBatch) -> NativeSampling:
+    """The structure of how rows are sampled."""
+    numbers = (params.temperature, params.top_k, params.top_p, params.min_p, params.uniform)
+    memory = tuple([x.contiguous() for x in numbers])
+    return NativeSampling(structs.Sampling(*map(pointer, memory)), memory)

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <string>
 #include <system_error>
@@ -68,6 +69,15 @@ int guarded(Body body) {
   } catch (...) {
     return -2;
   }
+}
+
+// A body that tells whether all is finite, and marks in `bad` the tokens that are not: 1 where some are.
+template <class Body>
+int guarded_step(const Batch* batch, uint8_t* bad, Body body) {
+  std::memset(bad, 0, batch->tokens);
+  bool finite = true;
+  const int error = guarded([&] { finite = body(); });
+  return error ? error : !finite;
 }
 
 // Moves a matrix's elements into the order of a packed weight: out[to(row, column)] = element(row, column).
@@ -208,15 +218,31 @@ KVANT_API int kvant_attention(const Kernels* k, int threads, const KvLayer* cach
   });
 }
 
-// 1 where keys or values of the tokens marked in `bad` are not finite.
+// Hidden states of a step's tokens. 1 where keys or values of the tokens marked in `bad` are not finite.
 KVANT_API int kvant_forward(const Kernels* k, int threads, const Model* model, const KvLayer* cache, const Batch* batch,
-                            const Rope* ropes, int32_t rope_count, const float* query_scale, float* hidden, uint8_t* bad) {
-  bool finite = true;
-  const int error = guarded([&] {
+                            const Rope* ropes, int32_t rope_count, const float* query_scale, uint8_t* bad,
+                            float* hidden) {
+  return guarded_step(batch, bad, [&] {
     const Rotaries rotaries(ropes, rope_count, *batch);
-    finite = Step(*k, threads).forward(*model, cache, *batch, rotaries.data(), query_scale, hidden, bad);
+    return Step(*k, threads).forward(*model, cache, *batch, rotaries.data(), query_scale, hidden, bad);
   });
-  return error ? error : !finite;
+}
+
+// The same, then the token after each of them, without going back to Python between.
+KVANT_API int kvant_draw(const Kernels* k, int threads, const Model* model, const KvLayer* cache, const Batch* batch,
+                         const Rope* ropes, int32_t rope_count, const float* query_scale, uint8_t* bad,
+                         const Sampling* how, int64_t* tokens) {
+  return guarded_step(batch, bad, [&] {
+    const int32_t count = batch->tokens, vocab = model->head.weight.rows;
+    const std::unique_ptr<float[]> hidden(new float[int64_t{count} * model->hidden]);
+    const std::unique_ptr<float[]> logits(new float[int64_t{count} * vocab]);
+    const Rotaries rotaries(ropes, rope_count, *batch);
+    Step step(*k, threads);
+    if (!step.forward(*model, cache, *batch, rotaries.data(), query_scale, hidden.get(), bad)) return false;
+    step.logits(*model, hidden.get(), count, logits.get());
+    step.sample(logits.get(), count, vocab, *how, tokens);
+    return true;
+  });
 }
 
 KVANT_API int kvant_logits(const Kernels* k, int threads, const Model* model, const float* hidden, int64_t rows, float* out) {
