@@ -104,8 +104,9 @@ class Runner:
 
     def _draw(self, plan: Plan, batch: Batch, samplers: List[Sequence]) -> Tensor | None:
         """The tokens of a step that decodes, where the backend does all of it at once and nobody wants more."""
-        decodes = plan.num_tokens == len(plan.rows) and samplers == [row.sequence for row in plan.rows]
-        if not (self._decoder.draws and decodes and all(map(wants_a_token_alone, samplers))):
+        if not self._decoder.draws or plan.num_tokens != len(plan.rows):
+            return None
+        if samplers != [row.sequence for row in plan.rows] or not all(map(wants_a_token_alone, samplers)):
             return None
         wishes = sampling_batch(samplers, ahead=0)
         return self._decoder.draw(batch.ids, batch.attention, batch.rope_lengths, self._store.layers, wishes)
