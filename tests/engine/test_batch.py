@@ -36,7 +36,6 @@ def test_every_token_knows_its_place():
         [5, 2],
         [7, 0, 4],
     ]
-    assert batch.rope_lengths.tolist() == [13, *range(7, 18)]
 
 
 def test_where_rotation_depends_on_the_prompt_its_tokens_share_the_prompts_length():
@@ -52,4 +51,16 @@ def test_behind_a_lead_every_token_lies_so_many_slots_later():
     without = build_batch(PLAN, Paging(BLOCK), None)
     assert batch.attention.positions.tolist() == without.attention.positions.tolist()
     assert batch.attention.context_lens == without.attention.context_lens
-    assert batch.rope_lengths.tolist() == without.rope_lengths.tolist()
+
+
+def test_few_decoded_tokens_are_put_as_many_are(monkeypatch):
+    rows = (row(10, 3, [5, 2], 12, 13), row(20, 1, [7, 0, 4], 20, 21), row(3, 0, [6], 2, 3))
+    few = build_batch(Plan(rows, ()), Paging(BLOCK, lead=3), None)
+    monkeypatch.setattr("kvant.engine.batch._FEW", 0)
+    many = build_batch(Plan(rows, ()), Paging(BLOCK, lead=3), None)
+    assert few.ids.tolist() == many.ids.tolist() == [202, 200, 102]
+    assert few.attention.positions.tolist() == many.attention.positions.tolist() == [12, 20, 2]
+    assert (
+        few.attention.slots.tolist() == many.attention.slots.tolist() == [2 * BLOCK + 7, 4 * BLOCK + 7, 6 * BLOCK + 5]
+    )
+    assert few.attention.context_lens == many.attention.context_lens

@@ -12,7 +12,7 @@ import torch
 from kvant.config import EngineConfig, SamplingParams
 from kvant.engine.batch import build_batch
 from kvant.engine.profile import run_largest_step
-from kvant.engine.sampler import _reshape, _sampling_batch
+from kvant.engine.sampler import _reshape, sampling_batch
 from kvant.evaluate.perplexity import compare_kv
 from kvant.kernels.reference import ReferenceOps
 from kvant.weights.load import load_model
@@ -34,7 +34,7 @@ def test_a_step_is_computed_where_the_ops_are(tmp_path, plan, rope):
         step = core._scheduler.plan()
         batch = build_batch(step, core.store.paging, model.spec.length_rope)
         samplers = [sequence for row in step.rows for sequence in row.samplers]
-        wishes_of_all = _sampling_batch(samplers, 0)  # on the host
+        wishes_of_all = sampling_batch(samplers, 0)  # on the host
         with torch.device("meta"), torch.inference_mode():
             hidden = model.decoder.forward(batch.ids, batch.attention, batch.rope_lengths, core.store.layers)
             logits = model.decoder.logits(hidden[[stop - 1 for stop in batch.attention.query_starts[1:]]])

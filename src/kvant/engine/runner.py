@@ -13,7 +13,7 @@ from kvant.cache.store import KVStore, SwapSpace
 from kvant.engine.batch import Batch, build_batch
 from kvant.engine.graphs import DecodeGraphs
 from kvant.engine.logprobs import logprob_rows, told
-from kvant.engine.sampler import Sampler
+from kvant.engine.sampler import Sampler, sampling_batch, wants_a_token_alone
 from kvant.engine.sequence import Plan, Row, Sampled, Sequence
 from kvant.formats.kv import check_finite
 from kvant.kernels.transfer import fetched, sent
@@ -80,7 +80,6 @@ class Runner:
         """Copy the plan's blocks, compute its tokens, write their KV, and draw the tokens it asks for."""
         return self.launch(plan).sampled()
 
-    @torch.inference_mode()
     def launch(self, plan: Plan, after: Flight | None = None) -> Flight:
         """As `run`, but it does not wait for the device.
 
@@ -94,11 +93,23 @@ class Runner:
         batch = build_batch(plan, self._store.paging, self._decoder.spec.length_rope, known=after is None)
         ids = None if after is None else _following(plan, after)
         samplers = [sequence for row in plan.rows for sequence in row.samplers]
+        tokens = self._draw(plan, batch, samplers) if after is None else None
+        if tokens is not None:
+            return Flight(plan, samplers, tokens, _Arriving(tokens, None, None), None)
         logits, not_finite = self._compute(plan, batch, ids, samplers)
         if logits is None:
             return self._flight(plan, [], _Arriving(torch.empty(0, dtype=torch.int64), None, not_finite))
         tokens = self._sampler.draw(logits, samplers, ahead=int(after is not None))
         return self._flight(plan, samplers, _Arriving(tokens, self._logprobs(logits, tokens, samplers), not_finite))
+
+    def _draw(self, plan: Plan, batch: Batch, samplers: List[Sequence]) -> Tensor | None:
+        """The tokens of a step that decodes, where the backend does all of it at once and nobody wants more."""
+        if not self._decoder.draws or plan.num_tokens != len(plan.rows):
+            return None
+        if samplers != [row.sequence for row in plan.rows] or not all(map(wants_a_token_alone, samplers)):
+            return None
+        wishes = sampling_batch(samplers, ahead=0)
+        return self._decoder.draw(batch.ids, batch.attention, batch.rope_lengths, self._store.layers, wishes)
 
     def _compute(
         self, plan: Plan, batch: Batch, ids: Tensor | None, samplers: List[Sequence]
@@ -112,7 +123,8 @@ class Runner:
         hidden = self._decoder.forward(ids, on_device.attention, on_device.rope_lengths, self._store.layers)
         spans = list(pairwise(batch.attention.query_starts))
         for row, (start, stop) in zip(plan.rows, spans, strict=True):
-            self._collect_prompt_logprobs(row, hidden[start:stop])
+            if row.sequence.request.sampling.prompt_logprobs is not None:
+                self._collect_prompt_logprobs(row, hidden[start:stop])
         ends = [stop - 1 for row, (_, stop) in zip(plan.rows, spans, strict=True) for _ in row.samplers]
         bad = on_device.attention.reported_not_finite
         return self._decoder.logits(_chosen(hidden, ends)) if ends else None, bad

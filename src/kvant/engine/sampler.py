@@ -32,7 +32,13 @@ class Sampler:
             logits = logits.clone()
         for row in reshaped:
             _reshape(logits[row], sequences[row])
-        return self._ops.sample(logits, _sampling_batch(sequences, ahead))
+        return self._ops.sample(logits, sampling_batch(sequences, ahead))
+
+
+def wants_a_token_alone(sequence: Sequence) -> bool:
+    """Whether a sequence takes the model's distribution as it is, and wants to know no more of it than a token."""
+    sampling = sequence.request.sampling
+    return sampling.logprobs is None and sampling.prompt_logprobs is None and not _reshapes(sequence)
 
 
 def _reshapes(sequence: Sequence) -> bool:
@@ -58,17 +64,17 @@ def _reshape(logits: Tensor, sequence: Sequence) -> None:
         logits[sorted(sequence.request.stop_ids)] = float("-inf")
 
 
-def _sampling_batch(sequences: List[Sequence], ahead: int) -> SamplingBatch:
-    filters = np.array([sequence.request.sampling.filters for sequence in sequences])
-    temperature, top_k, top_p, min_p = filters.T
+def sampling_batch(sequences: List[Sequence], ahead: int) -> SamplingBatch:
+    """What the sequences ask of their next token's distribution once it is reshaped; `ahead` as in `Sampler.draw`."""
+    temperature, top_k, top_p, min_p = zip(*[sequence.request.sampling.filters for sequence in sequences], strict=True)
     uniform = [
         0.0 if sequence.request.sampling.temperature == 0 else sequence.randomness.at(len(sequence.output) + ahead)
         for sequence in sequences
     ]
     return SamplingBatch(
-        temperature=torch.from_numpy(temperature.astype(np.float32)),
-        top_k=torch.from_numpy(top_k.astype(np.int64)),
-        top_p=torch.from_numpy(top_p.astype(np.float32)),
-        min_p=torch.from_numpy(min_p.astype(np.float32)),
+        temperature=torch.from_numpy(np.array(temperature, dtype=np.float32)),
+        top_k=torch.from_numpy(np.array(top_k, dtype=np.int64)),
+        top_p=torch.from_numpy(np.array(top_p, dtype=np.float32)),
+        min_p=torch.from_numpy(np.array(min_p, dtype=np.float32)),
         uniform=torch.from_numpy(np.array(uniform)),
     )

@@ -123,6 +123,8 @@ class Sequence:
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids of positions [start, stop)."""
         prompt = self.request.prompt
+        if start >= len(prompt):
+            return self.output[start - len(prompt) : stop - len(prompt)]
         return [*prompt[start:stop], *self.output[max(start - len(prompt), 0) : max(stop - len(prompt), 0)]]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
-from kvant.kernels.ops import AttentionBatch, Ops
+from kvant.kernels.ops import AttentionBatch, Ops, SamplingBatch
 from kvant.models.fused import fuse
 from kvant.models.layers import DecoderWeights, TokenContext, attention_shape, computed, decoder_layer, log_n_scale
 from kvant.models.rope import RotaryEmbedding
@@ -17,6 +17,8 @@ from kvant.models.spec import ModelSpec
 
 class Decoder:
     """A model bound to a backend. It holds no state of any sequence: the KV cache is an argument.
+
+    Whoever calls it often does so in `torch.inference_mode`: its weights ask for no gradients, but torch keeps looking.
 
     Args:
         spec: the model's.
@@ -33,13 +35,13 @@ class Decoder:
         self._ropes = {
             layer.rope: RotaryEmbedding(layer.rope, ops.device) for layer in spec.layers if layer.rope is not None
         }
-        self._fused = fuse(spec, weights, ops, [attention_shape(spec, layer) for layer in spec.layers])
+        shapes = [attention_shape(spec, layer) for layer in spec.layers]
+        self._fused = fuse(spec, weights, ops, shapes, self._ropes)
 
     def with_ops(self, ops: Ops) -> Decoder:
         """The same model bound to other ops that take the same prepared weights."""
         return Decoder(self.spec, self._weights, ops, self._dtype)
 
-    @torch.inference_mode()
     def forward(self, ids: Tensor, batch: AttentionBatch, rope_lengths: Tensor, cache: Sequence[KVLayer]) -> Tensor:
         """Hidden states after the final norm, [T, hidden]; writes the tokens' KV into `cache`, one entry a layer.
 
@@ -49,13 +51,12 @@ class Decoder:
             rope_lengths: [T] int64, see `models.rope.rope_lengths`.
             cache: the layers of the KV store.
         """
-        ops, spec = self.ops, self.spec
-        rotary = {rope: embed(batch.positions, rope_lengths) for rope, embed in self._ropes.items()}
-        query_scale = None if spec.log_n_length is None else log_n_scale(batch.positions, spec.log_n_length)
+        ops, spec, query_scale = self.ops, self.spec, self._query_scale(batch)
         if self._fused is not None:
-            hidden = self._fused.forward(ids, batch, rotary, query_scale, cache)
+            hidden = self._fused.forward(ids, batch, rope_lengths, query_scale, cache)
             if hidden is not None:
                 return hidden
+        rotary = {rope: embed(batch.positions, rope_lengths) for rope, embed in self._ropes.items()}
         x = ops.embedding(ids, self._weights.embedding) * spec.embedding_scale
         x = x if self._dtype is None else x.to(self._dtype)
         residual = torch.zeros_like(x)
@@ -66,7 +67,6 @@ class Decoder:
         normed: Tensor = ops.add_rms_norm(x, residual, self._weights.norm, spec.rms_eps)[0]
         return normed
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, hidden] -> logits [R, vocab] float32."""
         if self._fused is not None:
@@ -74,3 +74,35 @@ class Decoder:
         logits = self._weights.head(self.ops, hidden).float()
         cap = self.spec.final_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def draws(self) -> bool:
+        """Whether the backend has `draw`."""
+        return self._fused is not None
+
+    def draw(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        rope_lengths: Tensor,
+        cache: Sequence[KVLayer],
+        wishes: SamplingBatch,
+    ) -> Tensor | None:
+        """The token after each of a step's tokens, [T] int64: `forward`, `logits` and `Ops.sample` at once.
+
+        None where the backend does not do that with this cache; then nothing has been done.
+
+        Args:
+            ids: as `forward` takes them, and so are batch, rope_lengths and cache.
+            batch: see there.
+            rope_lengths: see there.
+            cache: see there.
+            wishes: a row a token.
+        """
+        if self._fused is None:
+            return None
+        return self._fused.draw(ids, batch, rope_lengths, self._query_scale(batch), cache, wishes)
+
+    def _query_scale(self, batch: AttentionBatch) -> Tensor | None:
+        length = self.spec.log_n_length
+        return None if length is None else log_n_scale(batch.positions, length)

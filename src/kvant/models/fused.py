@@ -2,83 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, byref, c_void_p, cast
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer, check_finite
 from kvant.kernels.cpu import structs
-from kvant.kernels.cpu.cache import NativeCache, bind_batch, bind_cache, bind_shape, is_native
+from kvant.kernels.cpu.cache import NativeCache, bind_batch, bind_cache, bind_sampling, bind_shape, is_native
 from kvant.kernels.cpu.native import Native, floats, pointer
 from kvant.kernels.cpu.ops import CpuOps
-from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops
+from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops, SamplingBatch
 from kvant.models.layers import DecoderWeights, LayerWeights, Linear
+from kvant.models.rope import RotaryEmbedding
 from kvant.models.spec import ModelSpec, RopeSpec
 
-Rotaries = dict[RopeSpec, tuple[Tensor, Tensor]]
+Embeddings = Mapping[RopeSpec, RotaryEmbedding]
 
 
-def fuse(spec: ModelSpec, weights: DecoderWeights, ops: Ops, shapes: Sequence[AttentionShape]) -> FusedDecoder | None:
+def fuse(
+    spec: ModelSpec, weights: DecoderWeights, ops: Ops, shapes: Sequence[AttentionShape], ropes: Embeddings
+) -> FusedDecoder | None:
     """The decoder as one call, where the backend has it."""
-    return FusedDecoder(spec, weights, ops.native, shapes) if isinstance(ops, CpuOps) else None
+    return FusedDecoder(spec, weights, ops.native, shapes, ropes) if isinstance(ops, CpuOps) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _NativeRopes:
+    """A model's rotary embeddings for the tokens of a step, and the memory that the structures point to."""
+
+    structs: object  # an array of structs.Rope
+    memory: tuple[Tensor, ...]
 
 
 class FusedDecoder:
     """A model's structures, made once; it is stateless but for the structures of the cache that it saw last."""
 
     def __init__(
-        self, spec: ModelSpec, weights: DecoderWeights, native: Native, shapes: Sequence[AttentionShape]
+        self,
+        spec: ModelSpec,
+        weights: DecoderWeights,
+        native: Native,
+        shapes: Sequence[AttentionShape],
+        ropes: Embeddings,
     ) -> None:
         self._spec = spec
         self._native = native
         self._weights = weights
         self._memory: list[Tensor] = []
-        self._ropes = tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope is not None))
-        self._model = self._bind_model(shapes)
+        self._ropes = tuple(ropes.values())
+        fixed = all(rope.fixed for rope in self._ropes)
+        self._fixed_ropes = self._bind_ropes(torch.empty(0, dtype=torch.int64)) if fixed else None
+        self._model = self._bind_model(shapes, tuple(ropes))
         self._bound: tuple[Sequence[KVLayer], NativeCache | None] = ((), None)
 
     def forward(
         self,
         ids: Tensor,
         batch: AttentionBatch,
-        rotary: Rotaries,
+        rope_lengths: Tensor,
         query_scale: Tensor | None,
         cache: Sequence[KVLayer],
     ) -> Tensor | None:
         """As `Decoder.forward`, float32; None where the cache has a layer that the kernels do not know.
 
         Args:
-            ids: the decoder's, as batch and cache are.
+            ids: the decoder's, as all but the scale are.
             batch: see there.
+            rope_lengths: see there.
             cache: see there.
-            rotary: cosines and sines of the step's tokens for each rotary embedding.
             query_scale: [T, 1, 1], what queries are multiplied by, if anything.
         """
         native_cache = self._cache(cache)
         if native_cache is None:
             return None
-        tokens = bind_batch(batch, ids.contiguous())
-        turns = [(floats(cos), floats(sin)) for cos, sin in (rotary[rope] for rope in self._ropes)]
-        rotaries = (structs.Rotary * max(len(turns), 1))(
-            *(structs.Rotary(pointer(cos), pointer(sin), cos.shape[1]) for cos, sin in turns)
-        )
-        scale = None if query_scale is None else floats(query_scale)
         hidden = torch.empty(len(ids), self._spec.hidden_size)
-        bad = torch.zeros(len(ids), dtype=torch.uint8)
-        if self._native.call(
-            "forward",
-            byref(self._model),
-            native_cache.structs,
-            byref(tokens.struct),
-            rotaries,
-            pointer(scale),
-            pointer(hidden),
-            pointer(bad),
-        ):
-            check_finite(bad == 0)
+        self._run("forward", ids, batch, rope_lengths, query_scale, native_cache, pointer(hidden))
         return hidden
+
+    def draw(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        rope_lengths: Tensor,
+        query_scale: Tensor | None,
+        cache: Sequence[KVLayer],
+        wishes: SamplingBatch,
+    ) -> Tensor | None:
+        """As `Decoder.draw`; see `forward`."""
+        native_cache = self._cache(cache)
+        if native_cache is None:
+            return None
+        how = bind_sampling(wishes)
+        tokens = torch.from_numpy(np.empty(batch.query_starts[-1], dtype=np.int64))
+        self._run("draw", ids, batch, rope_lengths, query_scale, native_cache, byref(how.struct), pointer(tokens))
+        return tokens
+
+    def _run(
+        self,
+        name: str,
+        ids: Tensor,
+        batch: AttentionBatch,
+        rope_lengths: Tensor,
+        query_scale: Tensor | None,
+        cache: NativeCache,
+        *results: object,
+    ) -> None:
+        tokens = bind_batch(batch, ids.contiguous())
+        ropes = self._fixed_ropes or self._bind_ropes(rope_lengths)
+        scale = None if query_scale is None else floats(query_scale)
+        bad = torch.from_numpy(np.empty(batch.query_starts[-1], dtype=np.uint8))
+        step = byref(self._model), cache.structs, byref(tokens.struct), ropes.structs, len(ropes.memory)
+        if self._native.call(name, *step, pointer(scale), pointer(bad), *results):
+            check_finite(bad == 0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `Decoder.logits`."""
@@ -94,10 +133,18 @@ class FusedDecoder:
             bound = self._bound = layers, bind_cache(layers) if known else None
         return bound[1]
 
-    def _bind_model(self, shapes: Sequence[AttentionShape]) -> structs.Model:
+    def _bind_ropes(self, lengths: Tensor) -> _NativeRopes:
+        memory = tuple(rope.frequencies(lengths) for rope in self._ropes)
+        found = [
+            structs.Rope(pointer(rows), *rows.shape, rope.factor)
+            for rows, rope in zip(memory, self._ropes, strict=True)
+        ]
+        return _NativeRopes((structs.Rope * len(found))(*found), memory)
+
+    def _bind_model(self, shapes: Sequence[AttentionShape], ropes: tuple[RopeSpec, ...]) -> structs.Model:
         spec, weights = self._spec, self._weights
         layers = [
-            self._bind_layer(layer, shape, -1 if it.rope is None else self._ropes.index(it.rope))
+            self._bind_layer(layer, shape, -1 if it.rope is None else ropes.index(it.rope))
             for layer, shape, it in zip(weights.layers, shapes, spec.layers, strict=True)
         ]
         self._layers = (structs.Layer * len(layers))(*layers)

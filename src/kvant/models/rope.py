@@ -71,10 +71,15 @@ def _llama3(spec: RopeSpec) -> Tensor:
 
 
 class RotaryEmbedding:
-    """cos and sin for the tokens of a step; nothing looks at their numbers, which a recorded step could not do."""
+    """cos and sin for the tokens of a step; nothing looks at their numbers, which a recorded step could not do.
+
+    Attributes:
+        factor: what cosines and sines are multiplied by.
+    """
 
     def __init__(self, spec: RopeSpec, device: torch.device | str = "cpu") -> None:
         self._spec = spec
+        self.factor = spec.attention_factor
         self._bounds = torch.tensor(_bounds(spec), dtype=torch.int64, device="cpu").to(device)
         lengths = [*_bounds(spec), max(_bounds(spec), default=spec.original_length) + 1]
         self._rows = torch.stack([inverse_frequencies(spec, length) for length in lengths]).to(device)
@@ -87,10 +92,16 @@ class RotaryEmbedding:
             positions: [T] int64.
             lengths: [T] int64, the length whose frequencies rule each token; see `rope_lengths`.
         """
-        angles = positions.float().unsqueeze(1) * self._frequencies(lengths)
-        return angles.cos() * self._spec.attention_factor, angles.sin() * self._spec.attention_factor
+        angles = positions.float().unsqueeze(1) * self.frequencies(lengths)
+        return angles.cos() * self.factor, angles.sin() * self.factor
 
-    def _frequencies(self, lengths: Tensor) -> Tensor:
+    @property
+    def fixed(self) -> bool:
+        """Whether the frequencies are the same for all lengths."""
+        return self._spec.kind != "dynamic" and not len(self._bounds)
+
+    def frequencies(self, lengths: Tensor) -> Tensor:
+        """Radians per position for each pair, [T, dim / 2] float32; [1, dim / 2] where they are `fixed`."""
         spec = self._spec
         if spec.kind == "dynamic":  # other ones for every length
             ratio = lengths.clamp(min=spec.original_length).double() / spec.original_length

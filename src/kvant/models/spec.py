@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from kvant.formats.kv import KVShape
@@ -95,7 +96,7 @@ class ModelSpec:
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def length_rope(self) -> RopeSpec | None:
         """The rotary embedding that depends on the prompt's length, if there is one.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,6 +114,22 @@ def test_in_a_batch_of_many_texts_each_gets_its_own(native, family, budget):
     for found, expected in zip(*told, strict=True):
         assert found.tokens == expected.tokens
         assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+
+
+def test_one_call_draws_the_tokens_that_three_draw(native, family, monkeypatch):
+    """Who asks for log-probabilities has the steps of three calls: forward, logits, sample."""
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    drawn = SamplingParams(temperature=1.5, top_k=50, top_p=0.9, seed=1, n=2, max_tokens=6, ignore_eos=True)
+    asks = [(SHORT[:20], greedy), (SHORT[:7], drawn), (SHORT[5:21], replace(drawn, top_k=0, top_p=1, min_p=0.01))]
+    told, draw = [], Mock(wraps=FusedDecoder.draw)
+    monkeypatch.setattr(FusedDecoder, "draw", lambda *step: draw(*step))
+    model = load(family, native(1))
+    for logprobs, calls in ((None, 5), (0, 0)):
+        core = core_of(model, max_model_len=32)
+        told.append(answers(core, [(prompt, replace(wish, logprobs=logprobs)) for prompt, wish in asks]))
+        assert draw.call_count == calls
+        draw.reset_mock()
+    assert [answer.tokens for answer in told[0]] == [answer.tokens for answer in told[1]]
 
 
 @dataclass(frozen=True)
@@ -327,3 +344,9 @@ def test_others_in_the_step_go_on(native, damaged, kv):
     assert found[1] == []
     alone = [answers(core_of(model, kv_cache_dtype=kv), [ask])[0].tokens for ask in asks[::2]]
     assert found[::2] == alone == [answer.tokens for answer in answers(core, asks[::2])]
+
+
+def test_others_that_draw_in_the_same_call_go_on(native, damaged):
+    wish = SamplingParams(temperature=0, max_tokens=1)
+    core = core_of(load(damaged, native(1)))
+    assert [len(answer.tokens) for answer in answers(core, [([5], wish), ([BAD], wish), ([6], wish)])] == [1, 0, 1]

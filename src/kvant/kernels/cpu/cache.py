@@ -1,7 +1,8 @@
-"""A layer's KV cache as the kernels see it: pointers to its planes and to what its codecs work with."""
+"""A layer's KV cache and a step's tokens as the kernels see them: pointers to tensors, and what keeps these alive."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from kvant.formats.kv_codecs import (
 from kvant.formats.kv_stats import CENTRE_TILE, LayerStats, polynomials
 from kvant.kernels.cpu import structs
 from kvant.kernels.cpu.native import floats, pointer
-from kvant.kernels.ops import AttentionBatch, AttentionShape
+from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
 
 _MAX_HEAD_DIM = 256
 _MAX_ORDER = 4  # terms of a centre
@@ -147,23 +148,39 @@ class NativeBatch:
     """A step's tokens, and the memory that the structure points to."""
 
     struct: structs.Batch
-    memory: tuple[Tensor, ...]
+    memory: tuple[Tensor | array[int], ...]
 
 
 def bind_batch(batch: AttentionBatch, ids: Tensor | None = None) -> NativeBatch:
-    """The structure of a step's tokens."""
-    starts, lengths = torch.tensor(batch.query_starts), torch.tensor(batch.context_lens)
+    """The structure of a step's tokens; `ids` [T] int64, contiguous."""
+    starts, lengths = array("q", batch.query_starts), array("q", batch.context_lens)
+    positions, slots = batch.positions.contiguous(), batch.slots.contiguous()
     tables = batch.block_tables.contiguous()
-    memory = (batch.positions.contiguous(), batch.slots.contiguous(), starts, lengths, tables)
     struct = structs.Batch(
-        tokens=len(batch.positions),
+        tokens=batch.query_starts[-1],
         sequences=len(lengths),
         table_width=tables.shape[1],
         ids=pointer(ids),
-        positions=pointer(memory[0]),
-        slots=pointer(memory[1]),
-        query_starts=pointer(starts),
-        context_lens=pointer(lengths),
+        positions=pointer(positions),
+        slots=pointer(slots),
+        query_starts=starts.buffer_info()[0],
+        context_lens=lengths.buffer_info()[0],
         block_tables=pointer(tables),
     )
+    memory = (positions, slots, starts, lengths, tables)
     return NativeBatch(struct, memory if ids is None else (*memory, ids))
+
+
+@dataclass(frozen=True, eq=False)
+class NativeSampling:
+    """How rows are sampled, and the memory that the structure points to."""
+
+    struct: structs.Sampling
+    memory: tuple[Tensor, ...]
+
+
+def bind_sampling(params: SamplingBatch) -> NativeSampling:
+    """The structure of how rows are sampled."""
+    numbers = (params.temperature, params.top_k, params.top_p, params.min_p, params.uniform)
+    memory = tuple([x.contiguous() for x in numbers])
+    return NativeSampling(structs.Sampling(*map(pointer, memory)), memory)

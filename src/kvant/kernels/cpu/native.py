@@ -12,6 +12,14 @@ from torch import Tensor
 from kvant.kernels.cpu import structs
 
 _KERNELS_AND_THREADS = (c_void_p, ctypes.c_int)
+_STEP = (
+    POINTER(structs.Model),
+    POINTER(structs.KvLayer),
+    POINTER(structs.Batch),
+    POINTER(structs.Rope),
+    c_int32,
+    *(c_void_p,) * 2,
+)
 _CALLS = {
     "kvant_linear": (POINTER(structs.Linear), c_void_p, c_int64, c_void_p),
     "kvant_embedding": (POINTER(structs.Weight), c_void_p, c_int64, c_void_p),
@@ -29,13 +37,8 @@ _CALLS = {
         POINTER(structs.Batch),
         *(c_void_p,) * 2,
     ),
-    "kvant_forward": (
-        POINTER(structs.Model),
-        POINTER(structs.KvLayer),
-        POINTER(structs.Batch),
-        POINTER(structs.Rotary),
-        *(c_void_p,) * 3,
-    ),
+    "kvant_forward": (*_STEP, c_void_p),
+    "kvant_draw": (*_STEP, POINTER(structs.Sampling), c_void_p),
     "kvant_sample": (c_void_p, c_int64, c_int32, POINTER(structs.Sampling), c_void_p),
     "kvant_logits": (POINTER(structs.Model), c_void_p, c_int64, c_void_p),
 }
@@ -107,4 +110,4 @@ def pointer(x: Tensor | None) -> int | None:
 
 def floats(x: Tensor) -> Tensor:
     """Contiguous float32, the tensor itself where it is that already."""
-    return x.to(torch.float32).contiguous()
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()

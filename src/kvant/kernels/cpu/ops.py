@@ -12,7 +12,7 @@ from kvant.formats.kv import KVLayer, check_finite
 from kvant.formats.memory import Slabs
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.cpu import structs
-from kvant.kernels.cpu.cache import bind_batch, bind_cache, bind_shape, is_native
+from kvant.kernels.cpu.cache import bind_batch, bind_cache, bind_sampling, bind_shape, is_native
 from kvant.kernels.cpu.native import Native, floats, pointer
 from kvant.kernels.cpu.weights import NativeWeight, pack
 from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
@@ -95,7 +95,6 @@ class CpuOps(ReferenceOps):
 
     def sample(self, logits: Tensor, params: SamplingBatch) -> Tensor:
         rows, tokens = floats(logits), torch.empty(len(logits), dtype=torch.int64)
-        held = [getattr(params, name).contiguous() for name in SamplingBatch.__dataclass_fields__]
-        how = structs.Sampling(*map(pointer, held))
-        self.native.call("sample", pointer(rows), *rows.shape, byref(how), pointer(tokens))
+        how = bind_sampling(params)
+        self.native.call("sample", pointer(rows), *rows.shape, byref(how.struct), pointer(tokens))
         return tokens

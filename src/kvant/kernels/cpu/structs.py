@@ -1,4 +1,4 @@
-"""The structures of csrc/types.h, field for field; `check_sizes` holds both to each other."""
+"""The structures of csrc/types.h and api.cpp, field for field; `check_sizes` holds both to each other."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Batch(Structure):
     ]
 
 
-class Rotary(Structure):
-    """Cosines and sines of a step's tokens."""
+class Rope(Structure):
+    """A rotary embedding: frequencies of all tokens, one row, or of each; and what cosines and sines are scaled by."""
 
-    _fields_ = [("cos", c_void_p), ("sin", c_void_p), ("pairs", c_int32)]
+    _fields_ = [("frequencies", c_void_p), ("rows", c_int32), ("pairs", c_int32), ("factor", c_float)]
 
 
 class AttentionShape(Structure):
@@ -104,14 +104,14 @@ class Model(Structure):
     ]
 
 
-_ALL = (Weight, Linear, Side, KvLayer, Batch, Rotary, AttentionShape, Sampling, Layer, Model)
+_ALL = (Weight, Linear, Side, KvLayer, Batch, Rope, AttentionShape, Sampling, Layer, Model)
 
 
 def check_sizes(library: ctypes.CDLL) -> None:
     """Compare with what the library was compiled with.
 
     Raises:
-        RuntimeError: they differ; csrc/types.h was changed without this file, or the library is an old build.
+        RuntimeError: they differ; the C++ was changed without this file, or the library is an old build.
     """
     sizes = (c_int64 * len(_ALL))()
     library.kvant_sizes(sizes)

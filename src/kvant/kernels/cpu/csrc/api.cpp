@@ -1,9 +1,12 @@
 // The C functions that Python calls (kvant/kernels/cpu/library.py). None throws: a negative result is an error.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <string>
 #include <system_error>
+#include <vector>
 
 #include "decoder.h"
 
@@ -18,7 +21,7 @@ using namespace kvant;
 
 namespace {
 
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 #if defined(KVANT_BUILT_NEON)
 // Dot products and arithmetic of 16-bit floats, which came later than NEON itself.
@@ -68,6 +71,15 @@ int guarded(Body body) {
   }
 }
 
+// A body that tells whether all is finite, and marks in `bad` the tokens that are not: 1 where some are.
+template <class Body>
+int guarded_step(const Batch* batch, uint8_t* bad, Body body) {
+  std::memset(bad, 0, batch->tokens);
+  bool finite = true;
+  const int error = guarded([&] { finite = body(); });
+  return error ? error : !finite;
+}
+
 // Moves a matrix's elements into the order of a packed weight: out[to(row, column)] = element(row, column).
 template <class T>
 void pack_dense(const T* x, int64_t rows, int64_t columns, T* out) {
@@ -98,6 +110,41 @@ void pack_codes(const uint8_t* x, int bits, int64_t rows, int64_t columns, uint8
   }
 }
 
+// A rotary embedding as Python hands it over: a token's angles are its position times its row of frequencies.
+struct Rope {
+  const float* frequencies;  // [rows, pairs]
+  int32_t rows, pairs;       // one row: of all tokens
+  float factor;              // of cosines and sines
+};
+
+// The cosines and sines of a step's tokens.
+class Rotaries {
+ public:
+  Rotaries(const Rope* ropes, int count, const Batch& batch) {
+    for (int i = 0; i < count; ++i) add(ropes[i], batch);
+  }
+  const Rotary* data() const { return rotaries_.data(); }
+
+ private:
+  void add(const Rope& rope, const Batch& batch) {
+    const int64_t numbers = int64_t{batch.tokens} * rope.pairs;
+    std::vector<float>& turns = memory_.emplace_back(2 * numbers);
+    float *cos = turns.data(), *sin = cos + numbers;
+    rotaries_.push_back({cos, sin, rope.pairs});
+    for (int64_t t = 0; t < batch.tokens; ++t, cos += rope.pairs, sin += rope.pairs) {
+      const float* frequencies = rope.frequencies + (rope.rows == 1 ? 0 : t) * rope.pairs;
+      for (int pair = 0; pair < rope.pairs; ++pair) {
+        const float angle = static_cast<float>(batch.positions[t]) * frequencies[pair];
+        cos[pair] = std::cos(angle) * rope.factor;
+        sin[pair] = std::sin(angle) * rope.factor;
+      }
+    }
+  }
+
+  std::vector<std::vector<float>> memory_;
+  std::vector<Rotary> rotaries_;
+};
+
 }  // namespace
 
 KVANT_API int kvant_abi() { return kAbi; }
@@ -123,7 +170,7 @@ KVANT_API const Kernels* kvant_kernels(const char* name) {
 // sizeof of the structures that Python mirrors, in the order of types.h: it compares them once.
 KVANT_API void kvant_sizes(int64_t* out) {
   const int64_t sizes[] = {sizeof(Weight), sizeof(Linear), sizeof(Side),  sizeof(KvLayer), sizeof(Batch),
-                           sizeof(Rotary), sizeof(AttentionShape), sizeof(Sampling), sizeof(Layer), sizeof(Model)};
+                           sizeof(Rope), sizeof(AttentionShape), sizeof(Sampling), sizeof(Layer), sizeof(Model)};
   std::memcpy(out, sizes, sizeof sizes);
 }
 
@@ -171,13 +218,31 @@ KVANT_API int kvant_attention(const Kernels* k, int threads, const KvLayer* cach
   });
 }
 
-// 1 where keys or values of the tokens marked in `bad` are not finite.
+// Hidden states of a step's tokens. 1 where keys or values of the tokens marked in `bad` are not finite.
 KVANT_API int kvant_forward(const Kernels* k, int threads, const Model* model, const KvLayer* cache, const Batch* batch,
-                            const Rotary* rotaries, const float* query_scale, float* hidden, uint8_t* bad) {
-  bool finite = true;
-  const int error = guarded(
-      [&] { finite = Step(*k, threads).forward(*model, cache, *batch, rotaries, query_scale, hidden, bad); });
-  return error ? error : !finite;
+                            const Rope* ropes, int32_t rope_count, const float* query_scale, uint8_t* bad,
+                            float* hidden) {
+  return guarded_step(batch, bad, [&] {
+    const Rotaries rotaries(ropes, rope_count, *batch);
+    return Step(*k, threads).forward(*model, cache, *batch, rotaries.data(), query_scale, hidden, bad);
+  });
+}
+
+// The same, then the token after each of them, without going back to Python between.
+KVANT_API int kvant_draw(const Kernels* k, int threads, const Model* model, const KvLayer* cache, const Batch* batch,
+                         const Rope* ropes, int32_t rope_count, const float* query_scale, uint8_t* bad,
+                         const Sampling* how, int64_t* tokens) {
+  return guarded_step(batch, bad, [&] {
+    const int32_t count = batch->tokens, vocab = model->head.weight.rows;
+    const std::unique_ptr<float[]> hidden(new float[int64_t{count} * model->hidden]);
+    const std::unique_ptr<float[]> logits(new float[int64_t{count} * vocab]);
+    const Rotaries rotaries(ropes, rope_count, *batch);
+    Step step(*k, threads);
+    if (!step.forward(*model, cache, *batch, rotaries.data(), query_scale, hidden.get(), bad)) return false;
+    step.logits(*model, hidden.get(), count, logits.get());
+    step.sample(logits.get(), count, vocab, *how, tokens);
+    return true;
+  });
 }
 
 KVANT_API int kvant_logits(const Kernels* k, int threads, const Model* model, const float* hidden, int64_t rows, float* out) {
