@@ -18,7 +18,7 @@ using namespace kvant;
 
 namespace {
 
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 #if defined(KVANT_BUILT_NEON)
 // Dot products and arithmetic of 16-bit floats, which came later than NEON itself.

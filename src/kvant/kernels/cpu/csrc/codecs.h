@@ -57,10 +57,11 @@ inline uint16_t* meta_at(const Side& side, Spot spot) {
 inline void centre_at(const Side& side, const KvLayer& layer, int head, int dim, int64_t position, float* out) {
   const float* coefficients = side.centre + static_cast<int64_t>(head) * side.order * dim;
   const int64_t tile = position / kCentreTile;
-  std::fill(out, out + dim, 0.0f);
-  for (int j = 0; j < side.order; ++j) {
-    const F8 weight = all(layer.basis[j * kCentreTile + position % kCentreTile]);
-    for (int i = 0; i < dim; i += 8) store(out + i, load<F8>(out + i) + weight * load<F8>(coefficients + j * dim + i));
+  for (int i = 0; i < dim; i += 8) {
+    F8 sum = all(0.0f);
+    for (int j = 0; j < side.order; ++j)
+      sum += all(layer.basis[j * kCentreTile + position % kCentreTile]) * load<F8>(coefficients + j * dim + i);
+    store(out + i, sum);
   }
   rope_row(out, layer.turn_cos + tile * layer.turning, layer.turn_sin + tile * layer.turning, layer.turning);
 }

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
 constexpr int64_t kUnitsPerThread = 8;
+constexpr int64_t kHeadsAtOnce = 4;     // whose keys are written side by side where there is one token
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -131,7 +132,8 @@ void Step::gated(const float* x, int64_t count, int width, int32_t activation, f
 // there are fewer of them, several heads' too. Calls `body(entries, count)`, entries without their vectors.
 template <class Body>
 void Step::write_units(const AttentionShape& shape, const Batch& batch, Body body) {
-  const int64_t tokens = std::min<int64_t>(batch.tokens, kWriteWidth), heads = kWriteWidth / tokens;
+  const int64_t tokens = std::min<int64_t>(batch.tokens, kWriteWidth);
+  const int64_t heads = std::max<int64_t>(1, kHeadsAtOnce / tokens);
   const int64_t blocks = ceil_div(batch.tokens, tokens);
   turn_.run(blocks * ceil_div(shape.kv_heads, heads), [&](int64_t unit) {
     Entry entries[kWriteWidth];

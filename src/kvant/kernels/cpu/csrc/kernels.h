@@ -55,7 +55,7 @@ struct AttentionWork {
   int32_t splits;
 };
 
-constexpr int kWriteWidth = 4;  // vectors that are written to the cache side by side, at most
+constexpr int kWriteWidth = 8;  // vectors that are written to the cache at once, at most
 
 // A key or value, x [head_dim], on its way into the cache: a token's of the batch.
 struct Entry {

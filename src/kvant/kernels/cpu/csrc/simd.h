@@ -96,6 +96,27 @@ inline float largest(F8 x) {
   return larger(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6))[0];
 }
 
+// Rows to columns.
+inline void transpose8(F8 (&x)[8]) {
+  F8 two[8], four[8];
+  KVANT_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    two[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    two[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  KVANT_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const F8 a = two[i / 4 * 4 + i % 4 / 2], b = two[i / 4 * 4 + i % 4 / 2 + 2];
+    four[i] = i % 2 ? __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+                    : __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+  }
+  KVANT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    x[i] = __builtin_shufflevector(four[i], four[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    x[i + 4] = __builtin_shufflevector(four[i], four[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
 inline F8 load_half(const uint16_t* p) {
 #if defined(__AVX2__)
   return (F8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

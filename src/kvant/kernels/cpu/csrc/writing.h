@@ -9,18 +9,18 @@ constexpr float kHalfLimit = 65504.0f;
 
 inline float within(float x, float limit) { return std::min(std::max(x, -limit), limit); }
 
-struct Range {
+struct Extremes {
   float low, high;
 };
 
-inline Range range_of(const float* x, int count) {
+inline Extremes range_of(const float* x, int count) {
   F8 low = all(INFINITY), high = all(-INFINITY);
   int i = 0;
   for (; i + 8 <= count; i += 8) {
     low = smaller(low, load<F8>(x + i));
     high = larger(high, load<F8>(x + i));
   }
-  Range range = {-largest(-low), largest(high)};
+  Extremes range = {-largest(-low), largest(high)};
   for (; i < count; ++i) range = {std::min(range.low, x[i]), std::max(range.high, x[i])};
   return range;
 }
@@ -35,7 +35,7 @@ inline void put4(F8 codes, uint8_t* out) {
 }
 
 inline void encode_affine(const float* x, int dim, int bits, uint8_t* out, uint16_t* affine) {
-  const Range range = range_of(x, dim);
+  const Extremes range = range_of(x, dim);
   const float levels = static_cast<float>((1 << bits) - 1);
   affine[1] = to_half(within(range.low, kHalfLimit));
   const float zero = from_half(affine[1]);
@@ -65,101 +65,119 @@ inline void encode_symmetric(const float* x, int dim, int8_t* out, uint16_t* sca
 struct alignas(32) Rounding {
   float weights[8][8];  // of eight elements, see weigh_block
   float x[kMaxHeadDim], step[kMaxHeadDim], scale[kMaxHeadDim], shift[kMaxHeadDim];
-  const float* feedback;  // [head_dim, head_dim], or null
+  const float* feedback;  // or null
   uint8_t* codes;
+  bool even;  // any eight elements that are rounded together have one scale, and it is not 0
 };
 
 // Chooses the groups' scales and offsets.
 inline void prepare_grouped(Rounding& it, int dim, int groups, uint16_t* words) {
   const int size = dim / groups;
+  it.even = size % 8 == 0;
   for (int g = 0; g < groups; ++g) {
     const auto [low, high] = range_of(it.x + g * size, size);
     const float span = (high / 2 - low / 2) / 7.5f, middle = std::fabs(high / 2 + low / 2) / 3.875f;
     const int bits = (to_half(std::min(std::max(span, middle), 63488.0f)) + 31) / 32;
     const float scale = from_half(static_cast<uint16_t>(bits * 32)), step = scale > 0 ? scale : 1.0f;
     const float eighths = std::nearbyint(std::min(std::max((-low / step - 7.5f) * 8.0f, -32.0f), 31.0f));
-    std::fill_n(it.scale + g * size, size, scale);
-    std::fill_n(it.step + g * size, size, step);
-    std::fill_n(it.shift + g * size, size, 7.5f + eighths / 8.0f);
+    for (int i = g * size; i < (g + 1) * size; i += 8) {  // what lies behind is the next group's, if it is a vector's
+      store(it.scale + i, all(scale));
+      store(it.step + i, all(step));
+      store(it.shift + i, all(7.5f + eighths / 8.0f));
+    }
+    it.even = it.even && scale > 0;
     words[g] = static_cast<uint16_t>(bits * 64 + static_cast<int>(eighths) + 32);
   }
 }
 
 inline F8 code_of(F8 aim) { return nearest(within(aim, all(0.0f), all(15.0f))); }
 
-inline F8 aims_of(const Rounding& it, int i) { return load<F8>(it.x + i) / load<F8>(it.step + i) + load<F8>(it.shift + i); }
+inline F8 aims_of(const Rounding& it, int i) {
+  return load<F8>(it.x + i) / load<F8>(it.step + i) + load<F8>(it.shift + i);
+}
 
 inline void round_plainly(const Rounding& it, int dim) {
   for (int i = 0; i < dim; i += 8) put4(code_of(aims_of(it, i)), it.codes + i / 2);
 }
 
-// What a code's rounding error, in steps, changes of the aims of the block's later elements: row k is of element k.
-inline void weigh_block(Rounding& it, int dim, int first) {
-  const F8 inverse = all(1.0f) / load<F8>(it.step + first);
-  for (int k = 0; k < 8; ++k) {
-    const F8 row = load<F8>(it.feedback + static_cast<int64_t>(first + k) * dim + first);
-    store(it.weights[k], row * (all(it.scale[first + k]) * inverse));
-  }
+// A head's feedback for the block of eight elements that begins with `first`: row k, dim - first floats further each,
+// is of element first + k; to be read from `first` on.
+inline const float* feedback_rows(const float* feedback, int dim, int first) {
+  return feedback + first * (dim - first / 2 + 4) - first;
 }
+
+inline int64_t feedback_size(int dim) { return int64_t{dim} * (dim + 8) / 2; }
+
+// What the rounding errors of eight elements, in steps, change of their aims: row k is of element k.
+struct BlockWeights {
+  const float* rows;
+  int64_t stride;
+};
+
+inline BlockWeights weigh_block(Rounding& it, int dim, int first) {
+  const float* rows = feedback_rows(it.feedback, dim, first) + first;
+  if (it.even) return {rows, dim - first};
+  const F8 inverse = all(1.0f) / load<F8>(it.step + first);
+  for (int k = 0; k < 8; ++k) store(it.weights[k], load<F8>(rows + k * (dim - first)) * (all(it.scale[first + k]) * inverse));
+  return {it.weights[0], 8};
+}
+
+constexpr int kChains = 4;  // vectors whose roundings take turns
+
+struct Aims {
+  F4 low[kChains], high[kChains];
+};
 
 inline F4 all4(float x) { return F4{x, x, x, x}; }
 
-// An element's rounding error, in all lanes.
+// Rounds an element, and hands its error on to the others of its block.
 template <int Element>
-inline F4 error_of(F4 aims) {
-  const F4 aim = __builtin_shufflevector(aims, aims, Element, Element, Element, Element);
-  const F4 held = smaller(larger(aim, all4(0.0f)), all4(15.0f));
-  return aim - (held + all4(12582912.0f) - all4(12582912.0f));
-}
-
-struct Aims {
-  F4 low[kWriteWidth], high[kWriteWidth];
-};
-
-template <int Element>
-inline void pass_on(Aims& aims, const Rounding* const (&vectors)[kWriteWidth]) {
+inline void round_element(Aims& aims, const BlockWeights (&weights)[kChains]) {
+  constexpr int kLane = Element % 4;
   KVANT_UNROLL
-  for (int n = 0; n < kWriteWidth; ++n) {
-    const float* weights = vectors[n]->weights[Element];
-    const F4 error = error_of<Element % 4>(Element < 4 ? aims.low[n] : aims.high[n]);
-    if (Element < 4) aims.low[n] -= error * load<F4>(weights);
-    aims.high[n] -= error * load<F4>(weights + 4);
+  for (int n = 0; n < kChains; ++n) {
+    F4 &low = aims.low[n], &high = aims.high[n], from = Element < 4 ? low : high;
+    const F4 aim = __builtin_shufflevector(from, from, kLane, kLane, kLane, kLane);
+    const F4 held = smaller(larger(aim, all4(0.0f)), all4(15.0f));
+    const F4 error = aim - (held + all4(12582912.0f) - all4(12582912.0f));
+    const float* row = weights[n].rows + Element * weights[n].stride;
+    if (Element < 4) low -= error * load<F4>(row);
+    high -= error * load<F4>(row + 4);
   }
 }
 
 template <int... Elements>
-inline void pass_all_on(Aims& aims, const Rounding* const (&vectors)[kWriteWidth],
-                        std::integer_sequence<int, Elements...>) {
-  (pass_on<Elements>(aims, vectors), ...);
+inline void round_elements(Aims& aims, const BlockWeights (&weights)[kChains], std::integer_sequence<int, Elements...>) {
+  (round_element<Elements>(aims, weights), ...);
 }
 
 // Hands the errors of eight elements, in units of x, on to the elements [begin, end).
 inline void correct(Rounding& it, int dim, int first, int begin, int end, F8 errors) {
-  const float* feedback = it.feedback + static_cast<int64_t>(first) * dim;
+  const float* rows = feedback_rows(it.feedback, dim, first);
   for (int i = begin; i < end; i += 8) {
     F8 x = load<F8>(it.x + i);
-    for (int k = 0; k < 8; ++k) x -= all(errors[k]) * load<F8>(feedback + k * dim + i);
+    for (int k = 0; k < 8; ++k) x -= all(errors[k]) * load<F8>(rows + k * (dim - first) + i);
     store(it.x + i, x);
   }
 }
 
-// Rounds `count` vectors side by side, each rounding's error handed on to the elements that follow. A rounding waits
-// for the one before it, which is what takes the time: kWriteWidth vectors take little more of it than one.
-inline void round_with_feedback(Rounding* vectors, int count, int dim) {
-  const Rounding* all_lanes[kWriteWidth];
-  for (int n = 0; n < kWriteWidth; ++n) all_lanes[n] = vectors + std::min(n, count - 1);
+// Rounds up to kChains vectors, each rounding's error handed on to the elements that follow. A rounding waits for the
+// one before it, which is what takes the time: several vectors take little more of it than one.
+inline void round_in_turn(Rounding* vectors, int count, int dim) {
   for (int first = 0; first < dim; first += 8) {
-    for (int n = 0; n < count; ++n) weigh_block(vectors[n], dim, first);
     Aims aims;
-    for (int n = 0; n < kWriteWidth; ++n) {
-      const F8 eight = aims_of(*all_lanes[n], first);
+    BlockWeights weights[kChains];
+    for (int n = 0; n < kChains; ++n) {
+      Rounding& it = vectors[std::min(n, count - 1)];
+      weights[n] = weigh_block(it, dim, first);
+      const F8 eight = aims_of(it, first);
       aims.low[n] = __builtin_shufflevector(eight, eight, 0, 1, 2, 3);
       aims.high[n] = __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
     }
-    pass_all_on(aims, all_lanes, std::make_integer_sequence<int, 8>());
-    float errors[kWriteWidth][8];
+    round_elements(aims, weights, std::make_integer_sequence<int, 8>());
+    float errors[kChains][8];
     KVANT_UNROLL
-    for (int n = 0; n < kWriteWidth; ++n)
+    for (int n = 0; n < kChains; ++n)
       store(errors[n], __builtin_shufflevector(aims.low[n], aims.high[n], 0, 1, 2, 3, 4, 5, 6, 7));
     for (int n = 0; n < count; ++n) {
       const F8 eight = load<F8>(errors[n]), codes = code_of(eight);
@@ -170,6 +188,58 @@ inline void round_with_feedback(Rounding* vectors, int count, int dim) {
     }
     for (int n = 0; n < count; ++n) correct(vectors[n], dim, first, first + 16, dim, load<F8>(errors[n]));
   }
+}
+
+typedef float PerElement[kMaxHeadDim];
+
+inline F8 lanes_of(const Rounding* vectors, PerElement Rounding::*constants, int i) {
+  F8 lanes;
+  for (int n = 0; n < 8; ++n) lanes[n] = (vectors[n].*constants)[i];
+  return lanes;
+}
+
+// Eight elements of eight vectors, first as vectors, then as elements.
+inline void load_lanes(const Rounding* vectors, int first, F8 (&x)[8]) {
+  for (int n = 0; n < 8; ++n) x[n] = load<F8>(vectors[n].x + first);
+  transpose8(x);
+}
+
+// The same for eight even vectors of one head, a vector a lane: to the bit what `round_in_turn` makes of them.
+inline void round_lanes(const Rounding* vectors, int dim) {
+  F8 errors[kMaxHeadDim];
+  const float* feedback = vectors[0].feedback;
+  for (int first = 0; first < dim; first += 8) {
+    F8 x[8];
+    load_lanes(vectors, first, x);
+    for (int block = 0; block < first; block += 8) {
+      const float* row = feedback_rows(feedback, dim, block) + first;
+      for (int i = block; i < block + 8; ++i, row += dim - block) {
+        KVANT_UNROLL
+        for (int k = 0; k < 8; ++k) x[k] -= errors[i] * all(row[k]);
+      }
+    }
+    const F8 step = lanes_of(vectors, &Rounding::step, first), shift = lanes_of(vectors, &Rounding::shift, first);
+    KVANT_UNROLL
+    for (int k = 0; k < 8; ++k) x[k] = x[k] / step + shift;
+    const float* rows = feedback_rows(feedback, dim, first) + first;
+    KVANT_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      const F8 code = code_of(x[k]), error = x[k] - code;
+      const float* row = rows + k * (dim - first);
+      for (int later = k + 1; later < 8; ++later) x[later] -= error * all(row[later]);
+      errors[first + k] = error * step;
+      x[k] = code;
+    }
+    transpose8(x);
+    for (int n = 0; n < 8; ++n) put4(x[n], vectors[n].codes + first / 2);
+  }
+}
+
+inline void round_with_feedback(Rounding* vectors, int count, int dim) {
+  bool alike = count == 8;
+  for (int n = 0; n < count; ++n) alike = alike && vectors[n].even && vectors[n].feedback == vectors[0].feedback;
+  if (alike) return round_lanes(vectors, dim);
+  for (int n = 0; n < count; n += kChains) round_in_turn(vectors + n, std::min(kChains, count - n), dim);
 }
 
 inline void encode_vector(const Side& side, int head, int dim, const float* x, uint8_t* codes, uint16_t* meta) {
@@ -237,7 +307,7 @@ unsigned write_vectors(const Side& side, const KvLayer& layer, int dim, const En
         continue;
       }
       prepare_grouped(it, dim, side.groups, meta_at(side, spot));
-      it.feedback = side.feedback ? side.feedback + static_cast<int64_t>(entry.head) * dim * dim : nullptr;
+      it.feedback = side.feedback ? side.feedback + entry.head * feedback_size(dim) : nullptr;
       if (it.feedback) ++waiting;
       else round_plainly(it, dim);
     }
