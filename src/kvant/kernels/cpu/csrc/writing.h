@@ -1,6 +1,8 @@
 // The KV cache's vectors: from floats to stored bytes, as kvant.formats.kv_codecs defines them.
 #pragma once
 
+#include <utility>
+
 #include "codecs.h"
 
 namespace kvant::KVANT_ISA {
@@ -118,7 +120,10 @@ inline BlockWeights weigh_block(Rounding& it, int dim, int first) {
   const float* rows = feedback_rows(it.feedback, dim, first) + first;
   if (it.even) return {rows, dim - first};
   const F8 inverse = all(1.0f) / load<F8>(it.step + first);
-  for (int k = 0; k < 8; ++k) store(it.weights[k], load<F8>(rows + k * (dim - first)) * (all(it.scale[first + k]) * inverse));
+  for (int k = 0; k < 8; ++k) {
+    const F8 row = load<F8>(rows + k * (dim - first));
+    store(it.weights[k], row * (all(it.scale[first + k]) * inverse));
+  }
   return {it.weights[0], 8};
 }
 
@@ -147,7 +152,8 @@ inline void round_element(Aims& aims, const BlockWeights (&weights)[kChains]) {
 }
 
 template <int... Elements>
-inline void round_elements(Aims& aims, const BlockWeights (&weights)[kChains], std::integer_sequence<int, Elements...>) {
+inline void round_elements(Aims& aims, const BlockWeights (&weights)[kChains],
+                           std::integer_sequence<int, Elements...>) {
   (round_element<Elements>(aims, weights), ...);
 }
 
@@ -198,7 +204,7 @@ inline F8 lanes_of(const Rounding* vectors, PerElement Rounding::*constants, int
   return lanes;
 }
 
-// Eight elements of eight vectors, first as vectors, then as elements.
+// Eight elements of eight vectors: a vector is a lane.
 inline void load_lanes(const Rounding* vectors, int first, F8 (&x)[8]) {
   for (int n = 0; n < 8; ++n) x[n] = load<F8>(vectors[n].x + first);
   transpose8(x);
