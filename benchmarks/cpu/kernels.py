@@ -11,6 +11,7 @@ from pathlib import Path
 
 import kernels_attention
 import kernels_linear
+import kernels_write
 import torch
 from kernel import Kernel, Timing, measure, measure_limits
 from machine import commit, describe_machine
@@ -19,7 +20,7 @@ from kvant.errors import ConfigError
 from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.select import select_ops
 
-PARTS = (kernels_linear, kernels_attention)  # modules with kernels(ops), an iterator: one kernel's data at a time
+PARTS = (kernels_linear, kernels_attention, kernels_write)  # modules with kernels(ops): one kernel's data at a time
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

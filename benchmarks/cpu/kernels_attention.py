@@ -79,7 +79,7 @@ def make_scene(ops: CpuOps, name: str, head_dim: int, ratio: int, context: int, 
     fmt, rope = KV_FORMATS[name], RopeSpec(dim=head_dim, theta=ROPE_THETA)
     shape = KVShape(1, KV_HEADS, head_dim)
     layers = layers or ceil(STREAMED / (context * fmt.bytes_per_token(shape)))
-    plan = KVPlan(name, (layer_plan(fmt, _statistics(head_dim, rope), rope),) * layers)
+    plan = KVPlan(name, (layer_plan(fmt, statistics(KV_HEADS, head_dim, rope), rope),) * layers)
     paging = Paging(BLOCK, plan.lead)
     count = paging.blocks_for(context)
     store = KVStore.allocate(KVShape(layers, KV_HEADS, head_dim), plan, count, BLOCK)
@@ -96,13 +96,13 @@ def make_scene(ops: CpuOps, name: str, head_dim: int, ratio: int, context: int, 
     return Scene(ops, store, batch, AttentionShape(KV_HEADS * ratio, KV_HEADS, head_dim, head_dim**-0.5))
 
 
-def _statistics(head_dim: int, rope: RopeSpec) -> LayerStatistics:
+def statistics(kv_heads: int, head_dim: int, rope: RopeSpec) -> LayerStatistics:
     """Of made-up keys with a mean, and of queries that lie in few directions."""
-    mean, spread = torch.randn(KV_HEADS, head_dim), torch.randn(KV_HEADS, head_dim).mul(0.6).exp()
-    directions = torch.randn(KV_HEADS, head_dim, head_dim) * torch.randn(KV_HEADS, 1, head_dim).exp()
+    mean, spread = torch.randn(kv_heads, head_dim), torch.randn(kv_heads, head_dim).mul(0.6).exp()
+    directions = torch.randn(kv_heads, head_dim, head_dim) * torch.randn(kv_heads, 1, head_dim).exp()
     moments = mean, spread.square(), directions @ directions.mT / head_dim
     positions = torch.arange(BLOCK)
-    keys = turn(mean.unsqueeze(1) + torch.randn(KV_HEADS, BLOCK, head_dim), positions, frequencies(rope))
+    keys = turn(mean.unsqueeze(1) + torch.randn(kv_heads, BLOCK, head_dim), positions, frequencies(rope))
     shaped = ShapedCodec(FloatCodec(torch.float32)).shaped(keys, positions, key_shape(*moments, rope))
     ranges = keys.abs().amax((1, 2)), shaped.abs().amax((1, 2))
     return LayerStatistics(*moments, key_range=ranges[0], value_range=ranges[0], shaped_key_range=ranges[1])

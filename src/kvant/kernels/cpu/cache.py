@@ -126,9 +126,14 @@ def _side(layer: KVLayer, side: str, codec: VectorCodec, stats: LayerStats, memo
         meta_stride=meta[0].stride(0) * meta[0].itemsize if meta else 0,
         centre=None if centre is None else kept(centre.coefficients),
         balance=kept(stats.balance) if isinstance(codec, ShapedCodec) else None,
-        feedback=kept(stats.feedback),
+        feedback=None if stats.feedback is None else kept(_blockwise(stats.feedback)),
         scale=kept(stats.scale),
     )
+
+
+def _blockwise(feedback: Tensor) -> Tensor:
+    """Its rows in blocks of 8, from the block's first element on: before that they are 0; [kv_heads, ...]."""
+    return torch.cat([feedback[:, i : i + 8, i:].flatten(1) for i in range(0, feedback.shape[-1], 8)], dim=1)
 
 
 def bind_shape(shape: AttentionShape) -> structs.AttentionShape:

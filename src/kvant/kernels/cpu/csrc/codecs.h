@@ -1,4 +1,5 @@
-// The KV cache's vectors: from floats to stored bytes and back, as kvant.formats.kv_codecs defines them.
+// The KV cache's vectors: where they lie, what shapes them, and from stored bytes back to floats, as
+// kvant.formats.kv_codecs defines them.
 #pragma once
 
 #include <algorithm>
@@ -56,10 +57,11 @@ inline uint16_t* meta_at(const Side& side, Spot spot) {
 inline void centre_at(const Side& side, const KvLayer& layer, int head, int dim, int64_t position, float* out) {
   const float* coefficients = side.centre + static_cast<int64_t>(head) * side.order * dim;
   const int64_t tile = position / kCentreTile;
-  std::fill(out, out + dim, 0.0f);
-  for (int j = 0; j < side.order; ++j) {
-    const F8 weight = all(layer.basis[j * kCentreTile + position % kCentreTile]);
-    for (int i = 0; i < dim; i += 8) store(out + i, load<F8>(out + i) + weight * load<F8>(coefficients + j * dim + i));
+  for (int i = 0; i < dim; i += 8) {
+    F8 sum = all(0.0f);
+    for (int j = 0; j < side.order; ++j)
+      sum += all(layer.basis[j * kCentreTile + position % kCentreTile]) * load<F8>(coefficients + j * dim + i);
+    store(out + i, sum);
   }
   rope_row(out, layer.turn_cos + tile * layer.turning, layer.turn_sin + tile * layer.turning, layer.turning);
 }
@@ -76,152 +78,10 @@ inline void shape_vector(const Side& side, const KvLayer& layer, int head, int d
   hadamard(x, dim);
 }
 
-inline void span_of(const float* x, int count, float* low, float* high) {
-  *low = *high = x[0];
-  for (int i = 1; i < count; ++i) {
-    *low = std::min(*low, x[i]);
-    *high = std::max(*high, x[i]);
-  }
-}
-
-constexpr float kHalfLimit = 65504.0f;
-
-inline float within(float x, float limit) { return std::min(std::max(x, -limit), limit); }
-
-inline void put4(const float* codes, int dim, uint8_t* out) {
-  for (int i = 0; i < dim / 2; ++i) out[i] = static_cast<uint8_t>(codes[2 * i]) | static_cast<uint8_t>(codes[2 * i + 1]) << 4;
-}
-
-inline void encode_affine(const float* x, int dim, int bits, uint8_t* out, uint16_t* affine) {
-  float low, high, codes[kMaxHeadDim];
-  span_of(x, dim, &low, &high);
-  const float levels = static_cast<float>((1 << bits) - 1);
-  affine[1] = to_half(within(low, kHalfLimit));
-  const float zero = from_half(affine[1]);
-  affine[0] = to_half(std::min(std::max((high - zero) / levels, 0.0f), kHalfLimit));
-  const float scale = from_half(affine[0]);
-  for (int i = 0; i < dim; ++i)
-    codes[i] = scale > 0 ? within(std::nearbyint((x[i] - zero) / scale) - levels / 2, levels / 2) + levels / 2 : 0.0f;
-  if (bits == 4) put4(codes, dim, out);
-  else
-    for (int i = 0; i < dim; ++i) out[i] = static_cast<uint8_t>(codes[i]);
-}
-
-// 4-bit codes of x / scale + shift, each rounding's error handed on to the elements that follow, where there is
-// feedback. Eight elements at a time are rounded one by one, then what they make of the others is added up at once.
-inline void round4(float* x, const float* scale, const float* shift, const float* feedback, int dim, float* codes) {
-  for (int first = 0; first < dim; first += 8) {
-    float errors[8];
-    F8 held = load<F8>(x + first);
-    for (int k = 0; k < 8; ++k) {
-      const int i = first + k;
-      const float step = scale[i] > 0 ? scale[i] : 1.0f, aim = held[k] / step + shift[i];
-      codes[i] = std::min(std::max(std::nearbyint(aim), 0.0f), 15.0f);
-      errors[k] = (aim - codes[i]) * scale[i];
-      if (feedback) held -= all(errors[k]) * load<F8>(feedback + static_cast<int64_t>(i) * dim + first);  // 0 up to i
-    }
-    if (!feedback) continue;
-    for (int j = first + 8; j < dim; j += 8) {
-      F8 later = load<F8>(x + j);
-      for (int k = 0; k < 8; ++k) later -= all(errors[k]) * load<F8>(feedback + static_cast<int64_t>(first + k) * dim + j);
-      store(x + j, later);
-    }
-  }
-}
-
-inline void encode_grouped(float* x, int dim, int groups, const float* feedback, uint8_t* out, uint16_t* words) {
-  const int size = dim / groups;
-  float scales[kMaxHeadDim], shifts[kMaxHeadDim], codes[kMaxHeadDim], low, high;
-  for (int g = 0; g < groups; ++g) {
-    span_of(x + g * size, size, &low, &high);
-    const float span = (high / 2 - low / 2) / 7.5f, middle = std::fabs(high / 2 + low / 2) / 3.875f;
-    const int bits = (to_half(std::min(std::max(span, middle), 63488.0f)) + 31) / 32;
-    const float scale = from_half(static_cast<uint16_t>(bits * 32));
-    const float eighths = std::nearbyint((-low / (scale > 0 ? scale : 1.0f) - 7.5f) * 8.0f);
-    const int offset = static_cast<int>(std::min(std::max(eighths, -32.0f), 31.0f));
-    std::fill(scales + g * size, scales + (g + 1) * size, scale);
-    std::fill(shifts + g * size, shifts + (g + 1) * size, 7.5f + static_cast<float>(offset) / 8.0f);
-    words[g] = static_cast<uint16_t>(bits * 64 + offset + 32);
-  }
-  round4(x, scales, shifts, feedback, dim, codes);
-  put4(codes, dim, out);
-}
-
-inline void encode_signed(const float* x, int dim, float scale, int8_t* out) {
-  for (int i = 0; i < dim; ++i)
-    out[i] = scale > 0 ? static_cast<int8_t>(within(std::nearbyint(x[i] / scale), 127.0f)) : int8_t{0};
-}
-
-inline void encode_symmetric(const float* x, int dim, int8_t* out, uint16_t* scale) {
-  float top = 0;
-  for (int i = 0; i < dim; ++i) top = std::max(top, std::fabs(x[i]));
-  *scale = to_half(std::min(top / 127.0f, kHalfLimit));
-  encode_signed(x, dim, from_half(*scale), out);
-}
-
-inline void encode_vector(const Side& side, int head, int dim, Spot spot, float* x) {
-  uint8_t* codes = codes_at<uint8_t>(side, dim, spot);
-  uint16_t* meta = meta_at(side, spot);
-  switch (side.kind) {
-    case kVectorF32: std::memcpy(codes, x, sizeof(float) * dim); break;
-    case kVectorF16:
-      for (int i = 0; i < dim; ++i) reinterpret_cast<uint16_t*>(codes)[i] = to_half(within(x[i], kHalfLimit));
-      break;
-    case kVectorBF16:
-      for (int i = 0; i < dim; ++i) reinterpret_cast<uint16_t*>(codes)[i] = to_bfloat(within(x[i], 3.3895314e38f));
-      break;
-    case kVectorAffine8: encode_affine(x, dim, 8, codes, meta); break;
-    case kVectorAffine4: encode_affine(x, dim, 4, codes, meta); break;
-    case kVectorGrouped4: {
-      const float* feedback = side.feedback ? side.feedback + static_cast<int64_t>(head) * dim * dim : nullptr;
-      encode_grouped(x, dim, side.groups, feedback, codes, meta);
-      break;
-    }
-    case kVectorSymmetric8: encode_symmetric(x, dim, reinterpret_cast<int8_t*>(codes), meta); break;
-    case kVectorStatic8: encode_signed(x, dim, side.scale[head], reinterpret_cast<int8_t*>(codes)); break;
-  }
-}
-
-// A sink's float16 bytes, spread over the codes of its slots.
-inline void write_sink(const Side& side, const KvLayer& layer, int head, int dim, int64_t slot, int64_t position,
-                       const float* x) {
-  const int bytes = code_bytes(side, dim);
-  uint16_t halves[kSinkSpan * kMaxHeadDim / 2] = {};
-  for (int i = 0; i < dim; ++i) halves[i] = to_half(within(x[i], kHalfLimit));
-  const int64_t first = slot - (position + layer.lead) + kSinkSpan * position;
-  for (int s = 0; s < kSinkSpan; ++s) {
-    const int start = s * bytes, length = std::max(0, std::min(bytes, 2 * dim - start));
-    uint8_t* target = codes_at<uint8_t>(side, dim, spot_of(layer, head, first + s));
-    std::memset(target, 0, bytes);
-    std::memcpy(target, reinterpret_cast<const uint8_t*>(halves) + start, length);
-  }
-}
-
 // The raw vector of the sink at `position`; first: its sequence's first slot, in whose block all sinks lie.
 inline void read_sink(const Side& side, int dim, Spot first, int64_t position, float* x) {
   const uint16_t* halves = codes_at<uint16_t>(side, dim, first + kSinkSpan * static_cast<int>(position));
   for (int i = 0; i < dim; i += 8) store(x + i, load_half(halves + i));
-}
-
-// Stores one key or value [dim]; false, and nothing written, where it is not finite.
-bool write_vector(const Side& side, const KvLayer& layer, int head, int dim, int64_t slot, int64_t position,
-                  const float* x) {
-  float held[kMaxHeadDim];
-  I8 bad = all(0);
-  for (int i = 0; i < dim; i += 8) {
-    const F8 v = load<F8>(x + i);
-    bad |= magnitude(v) <= all(3.4028235e38f) ? all(0) : all(1);
-    store(held + i, smaller(larger(v, all(-1e30f)), all(1e30f)));
-  }
-  if (sum(to_float(bad)) > 0) return false;
-  if (position < layer.sinks) {
-    write_sink(side, layer, head, dim, slot, position, x);
-    return true;
-  }
-  if (side.shaped) shape_vector(side, layer, head, dim, position, held);
-  else std::memcpy(held, x, sizeof(float) * dim);
-  encode_vector(side, head, dim, spot_of(layer, head, slot), held);
-  return true;
 }
 
 // What a word of `kVectorGrouped4` means: x = code * scale - shift.

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
 constexpr int kSplitsAtOnce = 2;       // of a context, in one unit of work for several threads
+constexpr int64_t kHeadsAtOnce = 4;     // whose keys are written side by side where there is one token
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -134,20 +135,39 @@ void Step::gated(const float* x, int64_t count, int width, int32_t activation, f
   });
 }
 
-void Step::write_kv(const KvLayer& cache, const AttentionShape& shape, const Batch& batch, const float* k,
-                    const float* v, int64_t stride, uint8_t* bad) {
-  const int64_t heads = shape.kv_heads;
-  turn_.run(batch.tokens * heads, [&](int64_t unit) {
-    const int64_t t = unit / heads, head = unit % heads, offset = t * stride + head * shape.head_dim;
-    write_head(cache, shape, batch, t, head, k + offset, v + offset, bad);
+// Cuts a step's vectors into units of up to kWriteWidth that are written side by side: a KV head's tokens, or where
+// there are fewer of them, several heads' too. Calls `body(entries, count)`, entries without their vectors.
+template <class Body>
+void Step::write_units(const AttentionShape& shape, const Batch& batch, Body body) {
+  const int64_t tokens = std::min<int64_t>(batch.tokens, kWriteWidth);
+  const int64_t heads = std::max<int64_t>(1, kHeadsAtOnce / tokens);
+  const int64_t blocks = ceil_div(batch.tokens, tokens);
+  turn_.run(blocks * ceil_div(shape.kv_heads, heads), [&](int64_t unit) {
+    Entry entries[kWriteWidth];
+    int count = 0;
+    const int64_t first = unit / blocks * heads, token = unit % blocks * tokens;
+    for (int64_t head = first; head < std::min<int64_t>(shape.kv_heads, first + heads); ++head)
+      for (int64_t t = token; t < std::min<int64_t>(batch.tokens, token + tokens); ++t)
+        entries[count++] = {static_cast<int>(head), static_cast<int>(t), batch.slots[t], batch.positions[t], nullptr};
+    body(entries, count);
   });
 }
 
-void Step::write_head(const KvLayer& cache, const AttentionShape& shape, const Batch& batch, int64_t t, int64_t head,
-                      const float* k, const float* v, uint8_t* bad) {
-  for (const auto& [side, x] : {std::pair{&cache.key, k}, std::pair{&cache.value, v}})
-    if (!k_.write_vector(*side, cache, static_cast<int>(head), shape.head_dim, batch.slots[t], batch.positions[t], x))
-      bad[t] = 1;
+void Step::write_kv(const KvLayer& cache, const AttentionShape& shape, const Batch& batch, const float* k,
+                    const float* v, int64_t stride, uint8_t* bad) {
+  write_units(shape, batch, [&](Entry* entries, int count) {
+    write_side(cache, cache.key, shape.head_dim, k, stride, entries, count, bad);
+    write_side(cache, cache.value, shape.head_dim, v, stride, entries, count, bad);
+  });
+}
+
+// Writes the entries' keys or values, x: [tokens, kv_heads, head_dim], rows `stride` floats apart.
+void Step::write_side(const KvLayer& cache, const Side& side, int dim, const float* x, int64_t stride, Entry* entries,
+                      int count, uint8_t* bad) {
+  for (int n = 0; n < count; ++n) entries[n].x = x + entries[n].token * stride + entries[n].head * dim;
+  const unsigned failed = k_.write_vectors(side, cache, dim, entries, count);
+  for (int n = 0; n < count; ++n)
+    if (failed >> n & 1) bad[entries[n].token] = 1;
 }
 
 // Units of attention: for decodes a token, a KV head and up to `at_once` splits; with none, only those of prompts, a tile
@@ -210,21 +230,25 @@ void Step::rotate(const Layer& layer, const Model& model, const Rotary* rotaries
   k_.rope_row(x, rotary.cos + t * rotary.pairs, rotary.sin + t * rotary.pairs, rotary.pairs);
 }
 
-// Queries and keys are rotated, keys and values written; a unit is a token's KV head with the queries that share it.
+// Queries and keys are rotated, keys and values written.
 void Step::enter_cache(const Layer& layer, const Model& model, const KvLayer& cache, const Batch& batch,
                        const Rotary* rotaries, const float* scale, float* qkv, uint8_t* bad) {
   const AttentionShape& shape = layer.attention;
   const int64_t dim = shape.head_dim, heads = shape.kv_heads, shared = shape.heads / heads;
-  turn_.run(batch.tokens * heads, [&](int64_t unit) {
-    const int64_t t = unit / heads, head = unit % heads;
-    float* row = qkv + t * (shape.heads + 2 * heads) * dim;
-    for (int64_t query = head * shared; query < (head + 1) * shared; ++query) {
-      rotate(layer, model, rotaries, t, layer.q_norm, row + query * dim);
-      if (scale) k_.scale_row(row + query * dim, static_cast<int>(dim), scale[t]);
+  const int64_t stride = (shape.heads + 2 * heads) * dim;
+  float* keys = qkv + shape.heads * dim;
+  write_units(shape, batch, [&](Entry* entries, int count) {
+    for (int n = 0; n < count; ++n) {
+      const int64_t t = entries[n].token, head = entries[n].head;
+      float* row = qkv + t * stride;
+      for (int64_t query = head * shared; query < (head + 1) * shared; ++query) {
+        rotate(layer, model, rotaries, t, layer.q_norm, row + query * dim);
+        if (scale) k_.scale_row(row + query * dim, static_cast<int>(dim), scale[t]);
+      }
+      rotate(layer, model, rotaries, t, layer.k_norm, keys + t * stride + head * dim);
     }
-    float* key = row + (shape.heads + head) * dim;
-    rotate(layer, model, rotaries, t, layer.k_norm, key);
-    write_head(cache, shape, batch, t, head, key, key + heads * dim, bad);
+    write_side(cache, cache.key, shape.head_dim, keys, stride, entries, count, bad);
+    write_side(cache, cache.value, shape.head_dim, keys + heads * dim, stride, entries, count, bad);
   });
 }
 

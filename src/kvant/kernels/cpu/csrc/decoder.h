@@ -42,8 +42,10 @@ class Step {
   void multiply(const Linear& linear, const Input& in, int64_t tokens, float* out);
   Input gated_inputs(const Model& model, const Layer& layer, const Input& in, int64_t tokens, float* wide,
                      float* narrow);
-  void write_head(const KvLayer& cache, const AttentionShape& shape, const Batch& batch, int64_t t, int64_t head,
-                  const float* k, const float* v, uint8_t* bad);
+  template <class Body>
+  void write_units(const AttentionShape& shape, const Batch& batch, Body body);
+  void write_side(const KvLayer& cache, const Side& side, int dim, const float* x, int64_t stride, Entry* entries,
+                  int count, uint8_t* bad);
   void rotate(const Layer& layer, const Model& model, const Rotary* rotaries, int64_t t, const float* norm, float* x);
   void enter_cache(const Layer& layer, const Model& model, const KvLayer& cache, const Batch& batch,
                    const Rotary* rotaries, const float* scale, float* qkv, uint8_t* bad);

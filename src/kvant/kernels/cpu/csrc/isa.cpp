@@ -3,6 +3,7 @@
 #include "limits.h"
 #include "linear.h"
 #include "prefill.h"
+#include "writing.h"
 
 #define KVANT_JOIN_(a, b) a##b
 #define KVANT_JOIN(a, b) KVANT_JOIN_(a, b)
@@ -16,7 +17,7 @@ const Kernels& KVANT_JOIN(KVANT_ISA, _kernels)() {
   static const Kernels kernels = {
       KVANT_TEXT(KVANT_ISA), quantize_row, linear_streams, linear_part,  weight_row,       rms_norm_row,
       add_row,               rope_row,     gated_row,      softcap_row,  scale_row,        argmax_row,
-      exponentials_row,      write_vector, attend_splits,  attend_merge, attend_tile,      reach_limit,
+      exponentials_row,      write_vectors, attend_splits, attend_merge, attend_tile,      reach_limit,
   };
   return kernels;
 }

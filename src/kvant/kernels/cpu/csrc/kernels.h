@@ -55,6 +55,15 @@ struct AttentionWork {
   int32_t splits;
 };
 
+constexpr int kWriteWidth = 8;  // vectors that are written to the cache at once, at most
+
+// A key or value, x [head_dim], on its way into the cache: a token's of the batch.
+struct Entry {
+  int head, token;
+  int64_t slot, position;
+  const float* x;
+};
+
 struct Kernels {
   const char* name;
   void (*quantize_row)(const float* x, int columns, const QuantizedRow& out);
@@ -69,7 +78,7 @@ struct Kernels {
   void (*scale_row)(float* x, int count, float factor);
   int (*argmax_row)(const float* x, int count);
   double (*exponentials_row)(const float* x, int count, float top, float factor, float* out);
-  bool (*write_vector)(const Side&, const KvLayer&, int head, int dim, int64_t slot, int64_t position, const float* x);
+  unsigned (*write_vectors)(const Side&, const KvLayer&, int dim, const Entry* entries, int count);
   void (*attend_splits)(const AttentionWork&, int sequence, int token, int kv_head, int first, int last);
   void (*attend_merge)(const AttentionWork&, int sequence, int token, int head);
   void (*attend_tile)(const AttentionWork&, int sequence, int first, int last, int kv_head);

@@ -21,6 +21,7 @@
 namespace kvant::KVANT_ISA {
 
 typedef float F8 __attribute__((vector_size(32)));
+typedef float F4 __attribute__((vector_size(16)));
 typedef int32_t I8 __attribute__((vector_size(32)));
 typedef uint32_t U8 __attribute__((vector_size(32)));
 typedef int16_t S16 __attribute__((vector_size(32)));
@@ -53,10 +54,15 @@ inline F8 to_float(I8 x) { return __builtin_convertvector(x, F8); }
 #if defined(__AVX2__)
 inline F8 larger(F8 a, F8 b) { return (F8)_mm256_max_ps((__m256)a, (__m256)b); }
 inline F8 smaller(F8 a, F8 b) { return (F8)_mm256_min_ps((__m256)a, (__m256)b); }
+inline F4 larger(F4 a, F4 b) { return (F4)_mm_max_ps((__m128)a, (__m128)b); }
+inline F4 smaller(F4 a, F4 b) { return (F4)_mm_min_ps((__m128)a, (__m128)b); }
 #else
 inline F8 larger(F8 a, F8 b) { return a > b ? a : b; }
 inline F8 smaller(F8 a, F8 b) { return a < b ? a : b; }
+inline F4 larger(F4 a, F4 b) { return a > b ? a : b; }
+inline F4 smaller(F4 a, F4 b) { return a < b ? a : b; }
 #endif
+inline F8 within(F8 x, F8 low, F8 high) { return smaller(larger(x, low), high); }
 inline F8 magnitude(F8 x) { return as<F8>(as<I8>(x) & all(0x7fffffff)); }
 
 // To the nearest integer, ties to even, |x| < 2^22.
@@ -90,12 +96,42 @@ inline float largest(F8 x) {
   return larger(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6))[0];
 }
 
+// Rows to columns.
+inline void transpose8(F8 (&x)[8]) {
+  F8 two[8], four[8];
+  KVANT_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    two[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    two[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  KVANT_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const F8 a = two[i / 4 * 4 + i % 4 / 2], b = two[i / 4 * 4 + i % 4 / 2 + 2];
+    four[i] = i % 2 ? __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+                    : __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+  }
+  KVANT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    x[i] = __builtin_shufflevector(four[i], four[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    x[i + 4] = __builtin_shufflevector(four[i], four[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
 inline F8 load_half(const uint16_t* p) {
 #if defined(__AVX2__)
   return (F8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   typedef _Float16 Half8 __attribute__((vector_size(16)));
   return __builtin_convertvector(load<Half8>(p), F8);
+#endif
+}
+
+inline void store_half(uint16_t* p, F8 x) {
+#if defined(__AVX2__)
+  store(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  typedef _Float16 Half8 __attribute__((vector_size(16)));
+  store(p, __builtin_convertvector(x, Half8));
 #endif
 }
 
@@ -106,6 +142,11 @@ inline F8 widen_halves(U8 bits) {
 }
 
 inline F8 load_bfloat(const uint16_t* p) { return as<F8>(__builtin_convertvector(load<H8>(p), U8) << 16); }
+
+inline void store_bfloat(uint16_t* p, F8 x) {
+  const U8 bits = as<U8>(x);
+  store(p, __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, H8));
+}
 
 inline float from_half(uint16_t bits) {
 #if defined(__AVX2__)
@@ -189,6 +230,17 @@ inline void store_bytes(int8_t* p, I8 x) {
 #else
   typedef int8_t Narrow __attribute__((vector_size(8)));
   store(p, __builtin_convertvector(x, Narrow));
+#endif
+}
+
+// Rounded values, each within uint8, as eight bytes, the first one lowest.
+inline uint64_t bytes_of(I8 x) {
+#if defined(__AVX2__)
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+#else
+  const B8 bytes = __builtin_convertvector(x, B8);
+  return load<uint64_t>(&bytes);
 #endif
 }
 

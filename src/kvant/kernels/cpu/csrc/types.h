@@ -53,7 +53,7 @@ struct Side {
   int64_t codes_stride, meta_stride;
   const float* centre;     // [kv_heads, order, head_dim], or null
   const float* balance;    // [kv_heads, head_dim], or null
-  const float* feedback;   // [kv_heads, head_dim, head_dim], or null
+  const float* feedback;   // [kv_heads][block of 8 elements][8][from the block's first element on], or null
   const float* scale;      // [kv_heads], or null
 };
 

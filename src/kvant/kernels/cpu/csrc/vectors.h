@@ -108,19 +108,39 @@ double exponentials_row(const float* x, int count, float top, float factor, floa
 // The largest power of two that divides a head's size: its Hadamard matrix consists of blocks of that size.
 inline int hadamard_block(int size) { return size & -size; }
 
+// Within each vector of x, and then between vectors, of which there are a power of two.
+template <int Count>
+inline void hadamard_step(float* x, F8 norm) {
+  const F8 one = {1, -1, 1, -1, 1, -1, 1, -1}, two = {1, 1, -1, -1, 1, 1, -1, -1}, four = {1, 1, 1, 1, -1, -1, -1, -1};
+  F8 v[Count];
+  KVANT_UNROLL
+  for (int i = 0; i < Count; ++i) {
+    v[i] = load<F8>(x + 8 * i) * norm;
+    v[i] = v[i] * one + __builtin_shufflevector(v[i], v[i], 1, 0, 3, 2, 5, 4, 7, 6);
+    v[i] = v[i] * two + __builtin_shufflevector(v[i], v[i], 2, 3, 0, 1, 6, 7, 4, 5);
+    v[i] = v[i] * four + __builtin_shufflevector(v[i], v[i], 4, 5, 6, 7, 0, 1, 2, 3);
+  }
+  KVANT_UNROLL
+  for (int half = 1; half < Count; half *= 2) {
+    KVANT_UNROLL
+    for (int i = 0; i < Count; ++i) {
+      if (i & half) continue;
+      const F8 a = v[i], b = v[i + half];
+      v[i] = a + b, v[i + half] = a - b;
+    }
+  }
+  KVANT_UNROLL
+  for (int i = 0; i < Count; ++i) store(x + 8 * i, v[i]);
+}
+
 // x times its Hadamard matrix, in place; blocks of 8 and more.
 inline void hadamard(float* x, int size) {
-  const F8 one = {1, -1, 1, -1, 1, -1, 1, -1}, two = {1, 1, -1, -1, 1, 1, -1, -1}, four = {1, 1, 1, 1, -1, -1, -1, -1};
-  const int block = hadamard_block(size);
+  const int block = hadamard_block(size), step = block < 64 ? 8 : 64;
   const F8 norm = all(1.0f / std::sqrt(static_cast<float>(block)));
-  for (int i = 0; i < size; i += 8) {
-    F8 v = load<F8>(x + i) * norm;
-    v = v * one + __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
-    v = v * two + __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
-    v = v * four + __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-    store(x + i, v);
-  }
-  for (int half = 8; half < block; half *= 2)
+  for (int i = 0; i < size; i += step)
+    if (step == 64) hadamard_step<8>(x + i, norm);
+    else hadamard_step<1>(x + i, norm);
+  for (int half = step; half < block; half *= 2)
     for (int start = 0; start < size; start += 2 * half)
       for (int i = start; i < start + half; i += 8) {
         const F8 a = load<F8>(x + i), b = load<F8>(x + half + i);
