@@ -22,7 +22,7 @@ struct QuantizedRow {
   }
 };
 
-// Quantized rows as products by panels take them (panels.h), in tiles of `height`; `tiles` is null where there are none.
+// Quantized rows as products by panels take them (panels.h), in tiles of `height`; `tiles` is null where none do.
 struct PanelInput {
   int32_t* tiles;  // [tile][round of columns][starts, codes of 4 columns a step, scales][height]
   float* steps;    // [tile][part][height], what a scale of 1 stands for

@@ -131,7 +131,11 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
         for (int m = 0; m < M; ++m) add_group<Bits, Biased, Parts>(acc[m][b], total[m][b], scale, bias, row, m, part);
       }
     }
-    for (int b = 0; b < NB; ++b) codes[b] += 32 * Bits;
+    for (int b = 0; b < NB; ++b) {
+      if (M > 1)  // the stream's next block
+        for (int i = 0; i < 32 * Bits; i += 64) __builtin_prefetch(codes[b] + int64_t{groups} * 32 * Bits + i);
+      codes[b] += 32 * Bits;
+    }
   }
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)

@@ -106,15 +106,16 @@ inline float panel_scales(const QuantizedRow& row, const Cut& cut, int begin, in
   return total >= 0 ? step : total;
 }
 
-// A round's codes, four columns a number: with two units, two columns of each.
-inline void panel_codes(const int8_t* x, int unit, bool both, int height, int32_t* out) {
-  for (int i = 0; i < kUnits * unit / 4; ++i, out += height) {
-    if (kUnits == 1) {
-      *out = load<int32_t>(x + 4 * i);
-    } else {
-      const uint32_t second = both ? load<uint16_t>(x + unit + 2 * i) : 0;
-      *out = static_cast<int32_t>(load<uint16_t>(x + 2 * i) | second << 16);
-    }
+// A round's codes, four columns a number: with two units, two columns of each. `second` may be null, for zeros.
+inline void panel_codes(const int8_t* first, const int8_t* second, int unit, int height, int32_t* out) {
+  if (kUnits == 1) {
+    for (int i = 0; i < unit; i += 4, out += height) *out = load<int32_t>(first + i);
+    return;
+  }
+  for (int i = 0; i < unit; i += 4, out += 2 * height) {
+    const uint32_t a = load<uint32_t>(first + i), b = second ? load<uint32_t>(second + i) : 0;
+    out[0] = static_cast<int32_t>((a & 0xffff) | b << 16);
+    out[height] = static_cast<int32_t>(a >> 16 | (b & 0xffff0000));
   }
 }
 
@@ -124,9 +125,11 @@ void panel_row(const Weight& w, const Input& in, int token) {
   const QuantizedRow row = in.row(token);
   const int height = in.panels.height, tile = token / height, at = token % height, units = in.padded / cut.unit;
   int32_t* out = in.panels.tiles + int64_t{tile} * cut.rounds * cut.numbers() * height + at;
-  for (int r = 0; r < cut.rounds; ++r)
-    panel_codes(row.codes + r * kUnits * cut.unit, cut.unit, (r + 1) * kUnits <= units, height,
-                out + (r * cut.numbers() + 1) * height);
+  for (int r = 0; r < cut.rounds; ++r) {
+    const int8_t* first = row.codes + r * kUnits * cut.unit;
+    const int8_t* second = (r + 1) * kUnits <= units ? first + cut.unit : nullptr;
+    panel_codes(first, second, cut.unit, height, out + (r * cut.numbers() + 1) * height);
+  }
   float* steps = in.panels.steps + int64_t{tile} * cut.parts() * height + at;
   for (int begin = 0; begin < cut.rounds; begin += cut.part, steps += height) {
     const int last = std::min(units, (begin + cut.part) * kUnits);
