@@ -100,11 +100,12 @@ struct Softmax {
   float total() const { return sum(sums); }
 
   // Takes note of more scores, a multiple of 8, one of them not kNever; returns what earlier sums are to be multiplied
-  // by.
-  float raise(const float* scores, int count) {
+  // by. Up to `slack` above the top, they leave it as it is.
+  float raise(const float* scores, int count, float slack = 0) {
     F8 tops = load<F8>(scores);
     for (int t = 8; t < count; t += 8) tops = larger(tops, load<F8>(scores + t));
-    const float next = std::max(top, largest(tops));
+    const float next = largest(tops);
+    if (next <= top + slack) return 1;
     const float kept = top == kNever ? 0.0f : power_of_two(all(top - next))[0];
     top = next;
     sums *= all(kept);

@@ -11,6 +11,8 @@ constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
 constexpr int kSplitsAtOnce = 2;       // of a context, in one unit of work for several threads
 constexpr int64_t kHeadsAtOnce = 4;     // whose keys are written side by side where there is one token
+constexpr int64_t kPartColumns = 512;   // at least so many a part of a panel's inputs has
+constexpr int64_t kPanelNumbers = 24;   // of 64 columns of a panel's inputs at most: of 16 columns 4, and 2 more
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -27,14 +29,21 @@ void Step::rows(int64_t count, Body body) {
 
 // Room for a linear layer's inputs, quantized as its weight wants them.
 Input Step::room(const Weight& weight, const float* x, int64_t tokens) {
-  if (weight.kind <= kWeightBF16) return {x, {}, weight.columns};
+  if (weight.kind <= kWeightBF16) return {x, {}, weight.columns, {}};
   const int padded = static_cast<int>(ceil_div(weight.columns, kGroup)) * kGroup;
   const int64_t groups = tokens * padded / kGroup;
   Arena& arena = turn_.arena();
-  return {x,
-          {arena.take<int8_t>(tokens * padded), arena.take<float>(groups), arena.take<float>(groups),
-           arena.take<int32_t>(groups), arena.take<int32_t>(2 * groups), tokens},
-          padded};
+  Input in = {x,
+              {arena.take<int8_t>(tokens * padded), arena.take<float>(groups), arena.take<float>(groups),
+               arena.take<int32_t>(groups), arena.take<int32_t>(2 * groups), tokens},
+              padded,
+              {}};
+  const int height = k_.panel_height(tokens);
+  if (!height) return in;
+  const int64_t rows = ceil_div(tokens, height) * height, parts = ceil_div(padded, kPartColumns);
+  const int64_t numbers = ceil_div(padded, 2 * kGroup) * kPanelNumbers;
+  in.panels = {arena.take<int32_t>(rows * numbers), arena.take<float>(rows * parts), height};
+  return in;
 }
 
 // A linear layer's inputs, x [tokens, columns]; `make(t)` writes row t of x first, on the thread that quantizes it.
@@ -50,7 +59,9 @@ Input Step::inputs(const Weight& weight, const float* x, int64_t tokens, Make ma
       for (int c = 0; c < weight.columns; ++c) to[c] = row[weight.order[c]];
       row = to;
     }
-    if (weight.kind > kWeightBF16) k_.quantize_row(row, weight.columns, in.row(t));
+    if (weight.kind <= kWeightBF16) return;
+    k_.quantize_row(row, weight.columns, in.row(t));
+    if (in.panels.tiles) k_.panel_row(weight, in, static_cast<int>(t));
   });
   return in;
 }
@@ -70,10 +81,11 @@ void Step::product(const Linear& linear, const Input& in, const Streams& streams
   const int64_t token_blocks = ceil_div(tokens, kTokenBlock), steps = ceil_div(streams.steps, align);
   const int64_t chunk = std::max<int64_t>(1, steps * token_blocks / (turn_.threads() * units_per_thread(tokens)));
   const int64_t width = std::min(chunk, steps), chunks = ceil_div(steps, width);
+  const int64_t height = std::max(1, in.panels.height), tiles = ceil_div(tokens, height);  // blocks are of whole tiles
   turn_.run(token_blocks * chunks, [&](int64_t unit) {
     const int64_t block = unit / chunks, begin = unit % chunks * width * align;
-    const int first = static_cast<int>(tokens * block / token_blocks);
-    const int last = static_cast<int>(tokens * (block + 1) / token_blocks);
+    const int first = static_cast<int>(tiles * block / token_blocks * height);
+    const int last = static_cast<int>(std::min(tokens, tiles * (block + 1) / token_blocks * height));
     const int end = static_cast<int>(std::min<int64_t>(streams.steps, begin + width * align));
     k_.linear_part(linear, in, streams, first, last, static_cast<int>(begin), end, out);
     after(first, last, static_cast<int>(begin), end);
@@ -118,6 +130,7 @@ Input Step::gated_inputs(const Model& model, const Layer& layer, const Input& in
         k_.quantize_row(to, static_cast<int>(count), out.row(t).group(column / kGroup));
       }
   });
+  if (out.panels.tiles) rows(tokens, [&](int64_t t) { k_.panel_row(down, out, static_cast<int>(t)); });
   return out;
 }
 

@@ -22,12 +22,20 @@ struct QuantizedRow {
   }
 };
 
+// Quantized rows as products by panels take them (panels.h), in tiles of `height`; `tiles` is null where none do.
+struct PanelInput {
+  int32_t* tiles;  // [tile][round of columns][starts, codes of 4 columns a step, scales][height]
+  float* steps;    // [tile][part][height], what a scale of 1 stands for
+  int32_t height;
+};
+
 // A linear layer's inputs: the rows, and the same quantized for weights of few bits. Of a group, all rows' scales lie
 // together: a tile of rows reads them by one pointer.
 struct Input {
   const float* x;
   QuantizedRow rows;  // the first
   int32_t padded;     // columns, a multiple of kGroup
+  PanelInput panels;
 
   QuantizedRow row(int64_t token) const {
     return {rows.codes + token * padded, rows.scales + token,    rows.weighted + token,
@@ -67,6 +75,8 @@ struct Entry {
 struct Kernels {
   const char* name;
   void (*quantize_row)(const float* x, int columns, const QuantizedRow& out);
+  int (*panel_height)(int64_t tokens);  // of the tiles that so many tokens make, 0 where they do not go by panels
+  void (*panel_row)(const Weight&, const Input&, int token);
   int (*linear_streams)(int64_t tokens);
   void (*linear_part)(const Linear&, const Input&, const Streams&, int first, int last, int begin, int end, float* out);
   void (*weight_row)(const Weight&, int row, float* out);

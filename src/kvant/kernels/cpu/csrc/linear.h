@@ -3,9 +3,7 @@
 // An 8-bit weight is two 4-bit ones, 16 * high + low, since only 4-bit products add up in 16 bits without overflow.
 #pragma once
 
-#include <algorithm>
-
-#include "vectors.h"
+#include "panels.h"
 
 namespace kvant::KVANT_ISA {
 
@@ -14,7 +12,6 @@ constexpr int kTileBlocks = 4;  // 32 registers
 #else
 constexpr int kTileBlocks = 2;  // 16 registers
 #endif
-constexpr int kTileTokens = 6;
 constexpr int kStreams = 4;  // of row blocks, where one token waits for memory more than it computes
 
 inline void quantize_group(const float* x, const QuantizedRow& out, int group) {
@@ -50,14 +47,6 @@ void quantize_row(const float* x, int columns, const QuantizedRow& out) {
   quantize_group(padded, out, whole);
 }
 
-inline int num_spans(const Weight& w, int padded) { return (padded + w.group - 1) / w.group; }
-
-// What a code of 0 stands for, of 8 rows: the bias, or what a zero point of 8 bits makes of the scale, exactly.
-inline F8 bias_of(const Weight& w, int64_t at, F8 scale) {
-  if (w.biases) return load_half(w.biases + at);
-  return -(to_float(__builtin_convertvector(load<B8>(w.zeros + at), I8)) * scale);
-}
-
 // Weights without biases and zero points, in groups of 32 columns and more: their products start where 8 counts as 0.
 template <bool Biased, int Parts>
 constexpr bool kStarted = !Biased && Parts == 1;
@@ -75,21 +64,6 @@ inline void add_group(F8& acc, I8 total, F8 scale, F8 bias, const QuantizedRow& 
     if constexpr (Parts == 2) total -= all(8 * half_sum) << (Bits - 4);
     acc += to_float(total) * (scale * step);
   }
-}
-
-// One step of 32 codes of NB row blocks times 4 columns of M tokens, whose codes lie `padded` apart.
-template <int M, int NB>
-inline void add_step(Dot (&dots)[M][NB], const B32 (&c)[NB], const int8_t* x, int64_t padded) {
-  for (int m = 0; m < M; ++m) {
-    const B32 a = broadcast4(x + m * padded);
-    for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
-  }
-}
-
-template <int M, int NB>
-inline void start_all(Dot (&dots)[M][NB], const int32_t* starts) {
-  for (int m = 0; m < M; ++m)
-    for (int b = 0; b < NB; ++b) dots[m][b].start(starts[m]);
 }
 
 template <int M, int NB>
@@ -131,12 +105,6 @@ inline void store_rows(F8 y, const Linear& linear, int row, float* out) {
   }
 }
 
-// Row blocks that are worked on together: the first, and how far apart they lie.
-struct Blocks {
-  int first, stride;
-  int operator[](int b) const { return first + b * stride; }
-};
-
 // M tokens from `token` on times NB row blocks.
 template <int M, int NB, int Bits, bool Biased, int Parts>
 void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blocks, float* out) {
@@ -163,85 +131,15 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
         for (int m = 0; m < M; ++m) add_group<Bits, Biased, Parts>(acc[m][b], total[m][b], scale, bias, row, m, part);
       }
     }
-    for (int b = 0; b < NB; ++b) codes[b] += 32 * Bits;
+    for (int b = 0; b < NB; ++b) {
+      if (M > 1)  // the stream's next block
+        for (int i = 0; i < 32 * Bits; i += 64) __builtin_prefetch(codes[b] + int64_t{groups} * 32 * Bits + i);
+      codes[b] += 32 * Bits;
+    }
   }
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)
       store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
-}
-
-// Row blocks' codes as one nibble a byte, for tokens enough to pay for it: [group][nibble][8 steps of 4
-// columns][NB][32]. It pays from three tiles of tokens on: up to two, a tile unpacks for itself.
-constexpr int kPanelTokens = 2 * kTileTokens + 1;
-constexpr int kPanelGroups = 32;  // 4-bit groups of a panel, so that it stays in the nearest cache; half as many of 8 bits
-
-template <int NB, int Planes>
-inline void unpack_panel(const uint8_t* const* codes, int groups, uint8_t* panel) {
-  for (int g = 0; g < groups; ++g, panel += Planes * 8 * NB * 32)
-    for (int b = 0; b < NB; ++b) {
-      const uint8_t* source = codes[b] + g * Planes * 128;
-      for (int s = 0; s < 4 * Planes; ++s) {
-        const B32 c = load<B32>(source + 32 * s);
-        if (s % 2 == 0) __builtin_prefetch(source + 32 * s + groups * Planes * 128);  // the stream's next panel
-        const int low = Planes == 1 ? 2 * s : s, high = Planes == 1 ? 2 * s + 1 : 8 + s;
-        store(panel + (low * NB + b) * 32, c & 15);
-        store(panel + (high * NB + b) * 32, (c >> 4) & 15);
-      }
-    }
-}
-
-// What a panel tile works on: groups [begin, end) of the inputs, added to `out` unless they are the first.
-struct Panel {
-  const uint8_t* codes;
-  int begin, end;
-};
-
-// As `group_dots`, of a panel.
-template <int M, int NB, bool Started, int Planes, int Parts>
-inline void panel_dots(const uint8_t* codes, const QuantizedRow& row, int64_t padded, int part, I8 (&total)[M][NB]) {
-  for (int plane = 0; plane < Planes; ++plane) {
-    Dot dots[M][NB];
-    if (Started && plane == Planes - 1) start_all(dots, row.starts);
-KVANT_UNROLL
-    for (int s = part * 8 / Parts; s < (part + 1) * 8 / Parts; ++s) {
-      B32 c[NB];
-      for (int b = 0; b < NB; ++b) c[b] = load<B32>(codes + ((plane * 8 + s) * NB + b) * 32);
-      add_step(dots, c, row.codes + 4 * s, padded);
-    }
-    collect(dots, plane, total);
-  }
-}
-
-template <int M, int NB, bool Biased, int Planes, int Parts>
-void panel_tile(const Linear& linear, const Input& in, const Panel& panel, int token, Blocks blocks, float* out) {
-  const Weight& w = linear.weight;
-  const int spans = num_spans(w, in.padded);
-  const int shift = Parts == 2 ? -1 : __builtin_ctz(w.group / kGroup);
-  const QuantizedRow first = in.row(token);
-  int64_t starts[NB];
-  for (int b = 0; b < NB; ++b) starts[b] = static_cast<int64_t>(blocks[b]) * spans * kRowBlock;
-  F8 acc[M][NB] = {};
-  const uint8_t* codes = panel.codes;
-  for (int g = panel.begin; g < panel.end; ++g, codes += Planes * 8 * NB * 32) {
-    const QuantizedRow row = first.group(g);
-    for (int part = 0; part < Parts; ++part) {
-      I8 total[M][NB] = {};
-      panel_dots<M, NB, kStarted<Biased, Parts>, Planes, Parts>(codes, row, in.padded, part, total);
-      const int64_t span = (Parts == 2 ? 2 * g + part : g >> shift) * kRowBlock;
-      for (int b = 0; b < NB; ++b) {
-        const F8 scale = load_half(w.scales + starts[b] + span);
-        const F8 bias = Biased ? bias_of(w, starts[b] + span, scale) : all(0.0f);
-        for (int m = 0; m < M; ++m) add_group<4 * Planes, Biased, Parts>(acc[m][b], total[m][b], scale, bias, row, m, part);
-      }
-    }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int b = 0; b < NB; ++b) {
-      const int row = blocks[b] * kRowBlock, left = std::min(kRowBlock, w.rows - row);
-      float* y = out + static_cast<int64_t>(token + m) * w.rows + row;
-      const float* base = panel.begin ? y : linear.bias ? linear.bias + row : nullptr;
-      store_some(y, base ? acc[m][b] + load_some(base, left) : acc[m][b], left);
-    }
 }
 
 template <WeightKind Kind>
@@ -298,46 +196,6 @@ Tile tile_of(const Weight& w, int tokens) {
   }
 }
 
-using PanelTile = void (*)(const Linear&, const Input&, const Panel&, int token, Blocks blocks, float* out);
-
-// Tiles of kPanelTokens and more are never lower than 4.
-template <int NB, bool Biased, int Planes, int Parts>
-PanelTile panel_tile_of(int tokens) {
-  if (tokens == 4) return panel_tile<4, NB, Biased, Planes, Parts>;
-  return tokens == 5 ? panel_tile<5, NB, Biased, Planes, Parts> : panel_tile<6, NB, Biased, Planes, Parts>;
-}
-
-template <int NB>
-PanelTile panel_tile_of(const Weight& w, int tokens) {
-  const bool halves = w.group < kGroup, biased = w.biases || w.zeros;
-  if (w.kind == kWeightU4) {
-    if (halves) return biased ? panel_tile_of<NB, true, 1, 2>(tokens) : panel_tile_of<NB, false, 1, 2>(tokens);
-    return biased ? panel_tile_of<NB, true, 1, 1>(tokens) : panel_tile_of<NB, false, 1, 1>(tokens);
-  }
-  if (halves) return biased ? panel_tile_of<NB, true, 2, 2>(tokens) : panel_tile_of<NB, false, 2, 2>(tokens);
-  return biased ? panel_tile_of<NB, true, 2, 1>(tokens) : panel_tile_of<NB, false, 2, 1>(tokens);
-}
-
-// The tokens [first, last) times NB row blocks, by panels.
-template <int NB>
-void by_panels(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
-  const Weight& w = linear.weight;
-  const int planes = w.kind == kWeightU4 ? 1 : 2, groups = in.padded / kGroup, most = kPanelGroups / planes;
-  const int tokens = last - first, tiles = (tokens + kTileTokens - 1) / kTileTokens;
-  alignas(32) uint8_t panel[kPanelGroups * 8 * NB * 32];
-  for (int begin = 0; begin < groups; begin += most) {
-    const int end = std::min(groups, begin + most);
-    const uint8_t* codes[NB];
-    for (int b = 0; b < NB; ++b)
-      codes[b] = static_cast<const uint8_t*>(w.codes) + (static_cast<int64_t>(blocks[b]) * groups + begin) * planes * 128;
-    planes == 1 ? unpack_panel<NB, 1>(codes, end - begin, panel) : unpack_panel<NB, 2>(codes, end - begin, panel);
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int from = first + tokens * tile / tiles, to = first + tokens * (tile + 1) / tiles;
-      panel_tile_of<NB>(w, to - from)(linear, in, {panel, begin, end}, from, blocks, out);
-    }
-  }
-}
-
 // The tokens [first, last) times NB row blocks; tiles of equal heights: 8 tokens are 4 + 4, not 6 + 2.
 template <int NB>
 void by_tiles(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
@@ -353,8 +211,8 @@ int linear_streams(int64_t tokens) { return tokens == 1 ? kStreams : kTileBlocks
 
 template <int NB>
 void linear_step(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
-  const bool panels = last - first >= kPanelTokens && linear.weight.kind >= kWeightU4;
-  panels ? by_panels<NB>(linear, in, first, last, blocks, out) : by_tiles<NB>(linear, in, first, last, blocks, out);
+  const auto step = in.panels.tiles ? by_panels<NB> : by_tiles<NB>;
+  step(linear, in, first, last, blocks, out);
 }
 
 // The tokens [first, last) times the row blocks of the steps [begin, end); out [all tokens, rows].

@@ -5,6 +5,8 @@
 
 namespace kvant::KVANT_ISA {
 
+constexpr float kSlack = 8;  // weights may be up to 2^8: so few rows of sums are scaled again
+
 template <int M, int NB>
 inline void product_tile(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int inner) {
   F8 acc[M][NB];
@@ -36,9 +38,13 @@ inline void add_product(const float* a, int lda, const float* b, int ldb, float*
   for (; n < columns; n += 8) product_rows<1>(a, lda, b + n, ldb, c + n, ldc, rows, inner);
 }
 
+// As many of a tile's tokens as are worked on: whole eights.
+inline int width_of(const TileRows& it) { return (it.to + 7) & ~7; }
+
 // A tile's vectors as the inner codec knows them, sinks too; tokens outside of it are zero.
 inline void decode_tile(const Place& at, const Side& side, const TileRows& it, float* out) {
-  std::fill(out, out + kTile * at.dim, 0.0f);
+  std::fill(out, out + it.from * at.dim, 0.0f);
+  std::fill(out + it.to * at.dim, out + width_of(it) * at.dim, 0.0f);
   for (int t = it.from; t < it.to; ++t) {
     const int64_t position = it.tile * kTile + t;
     float* x = out + t * at.dim;
@@ -69,10 +75,40 @@ inline void add_centre_to_keys(const Place& at, const TileRows& it, float* keys)
   }
 }
 
-inline void transpose_tile(const float* x, int dim, float* out) {
-  for (int t = 0; t < kTile; t += 8)
-    for (int i = 0; i < dim; ++i)
-      for (int j = 0; j < 8; ++j) out[i * kTile + t + j] = x[(t + j) * dim + i];
+// x and y become the vectors whose elements alternate between them in runs of `Run`: of eight vectors, three rounds of
+// it, with runs of 4, 2 and 1 and partners as far apart, are a transposition.
+template <int Run>
+inline void swap_runs(F8& x, F8& y) {
+  const F8 a = x, b = y;
+  if constexpr (Run == 4) {
+    x = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+    y = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  } else if constexpr (Run == 2) {
+    x = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+    y = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  } else {
+    x = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+    y = __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+}
+
+template <int Run>
+inline void swap_all(F8 (&x)[8]) {
+  for (int i = 0; i < 8; ++i)
+    if (!(i & Run)) swap_runs<Run>(x[i], x[i + Run]);
+}
+
+// The first `count` vectors, a multiple of 8, by elements: out [dim][kTile].
+inline void transpose_tile(const float* x, int dim, int count, float* out) {
+  for (int t = 0; t < count; t += 8)
+    for (int i = 0; i < dim; i += 8) {
+      F8 held[8];
+      for (int j = 0; j < 8; ++j) held[j] = load<F8>(x + (t + j) * dim + i);
+      swap_all<4>(held);
+      swap_all<2>(held);
+      swap_all<1>(held);
+      for (int j = 0; j < 8; ++j) store(out + (i + j) * kTile + t, held[j]);
+    }
 }
 
 // A prefill unit's rows: new tokens [first, last) times the query heads of a KV head, token by token.
@@ -97,26 +133,27 @@ struct Rows {
   int64_t position_of(int row) const { return position + row / shared; }
 
   void attend(const Place& at, const TileRows& it, const float* keys, const float* values) {
+    const int width = width_of(it);
     std::fill(scores[0], scores[0] + count * kTile, 0.0f);
-    add_product(inner, at.dim, keys, kTile, scores[0], kTile, count, at.dim, kTile);
+    add_product(inner, at.dim, keys, kTile, scores[0], kTile, count, at.dim, width);
     for (int row = 0; row < count; ++row) {
       const int64_t base = it.tile * kTile, window = at.shape.window;
       const int64_t from = window ? std::max<int64_t>(it.from, position_of(row) - window + 1 - base) : it.from;
       const int64_t to = std::min<int64_t>(it.to, position_of(row) + 1 - base);
-      if (from < to) weigh(at, row, static_cast<int>(from), static_cast<int>(to));
-      else std::fill(scores[row], scores[row] + kTile, 0.0f);
+      if (from < to) weigh(at, row, static_cast<int>(from), static_cast<int>(to), width);
+      else std::fill(scores[row], scores[row] + width, 0.0f);
     }
-    add_product(scores[0], kTile, values, at.dim, sums, at.dim, count, kTile, at.dim);
+    add_product(scores[0], kTile, values, at.dim, sums, at.dim, count, width, at.dim);
   }
 
  private:
   // Turns a row's scores of tokens [from, to) into weights, those of others into next to nothing.
-  void weigh(const Place& at, int row, int from, int to) {
-    cap_scores(scores[row], kTile, at.shape.softcap);
-    mask_scores(scores[row], from, to, kTile);
-    const float kept = softmax[row].raise(scores[row], kTile);
+  void weigh(const Place& at, int row, int from, int to, int width) {
+    cap_scores(scores[row], width, at.shape.softcap);
+    mask_scores(scores[row], from, to, width);
+    const float kept = softmax[row].raise(scores[row], width, kSlack);
     if (kept != 1) scale_row(sums + row * at.dim, at.dim, kept);
-    softmax[row].weigh(scores[row], kTile);
+    softmax[row].weigh(scores[row], width);
   }
 };
 
@@ -131,7 +168,7 @@ void attend_tile(const AttentionWork& work, int sequence, int first, int last, i
     const TileRows it(at, tile, std::max(tile, oldest), std::min<int64_t>(tile + kTile, newest + 1));
     decode_tile(at, at.layer.key, it, keys);
     add_centre_to_keys(at, it, keys);
-    transpose_tile(keys, at.dim, turned);
+    transpose_tile(keys, at.dim, width_of(it), turned);
     decode_tile(at, at.layer.value, it, values);
     rows.attend(at, it, turned, values);
   }

@@ -276,14 +276,24 @@ inline B32 broadcast4(const int8_t* p) {
 
 // Sums over each lane's four bytes of u * s, u unsigned and at most 15, s signed: up to 8 `add`s, then `total`. `start`
 // makes all lanes' sums begin elsewhere, at what `start_of` made of a number: minus 8 times the sum of all s to come.
+//
+// Or, of sums that fit 16 bits, `add_scaled` adds their products with scale * other / 2^15, rounded, and a lane holds
+// kUnits sums apart: with two, bytes 0 and 1 of a lane, scales and starts are in the lower 16 bits of one number, bytes
+// 2 and 3 in the upper. `other` is what `scale_of` made of a number that is not negative.
 struct Dot {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  static constexpr int kUnits = 1;
   __m256i sum = _mm256_setzero_si256();
   static int32_t start_of(int32_t x) { return x; }
   inline void start(int32_t x) { sum = _mm256_set1_epi32(x); }
   inline void add(B32 u, B32 s) { sum = _mm256_dpbusd_epi32(sum, (__m256i)u, (__m256i)s); }
   inline I8 total() const { return (I8)sum; }
+  static int32_t scale_of(int32_t x) { return x; }
+  inline void add_scaled(I8& to, I8 scale, I8 other) const {
+    to = (I8)_mm256_dpwssd_epi32((__m256i)to, sum, _mm256_mulhrs_epi16((__m256i)scale, (__m256i)other));
+  }
 #elif defined(__AVX2__)
+  static constexpr int kUnits = 2;
   // int16, two a lane: 8 * 2 * 15 * 127 fits, and so does what starts in the lower one with its half of the products.
   __m256i sum = _mm256_setzero_si256();
   static int32_t start_of(int32_t x) { return x & 0xffff; }
@@ -293,7 +303,12 @@ struct Dot {
     asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));  // gcc alone collects products first, and spills
   }
   inline I8 total() const { return (I8)_mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+  static int32_t scale_of(int32_t x) { return x; }
+  inline void add_scaled(I8& to, I8 scale, I8 other) const {
+    to += (I8)_mm256_madd_epi16(sum, _mm256_mulhrs_epi16((__m256i)scale, (__m256i)other));
+  }
 #elif defined(__ARM_FEATURE_DOTPROD)
+  static constexpr int kUnits = 1;
   int32x4_t low = vdupq_n_s32(0), high = vdupq_n_s32(0);
   static int32_t start_of(int32_t x) { return x; }
   inline void start(int32_t x) { low = high = vdupq_n_s32(x); }
@@ -308,7 +323,16 @@ struct Dot {
     std::memcpy(reinterpret_cast<char*>(&out) + 16, &high, 16);
     return out;
   }
+  static int32_t scale_of(int32_t x) { return x << 16; }
+  inline void add_scaled(I8& to, I8 scale, I8 other) const {
+    int32x4_t* out = reinterpret_cast<int32x4_t*>(&to);
+    const int32x4_t* a = reinterpret_cast<const int32x4_t*>(&scale);
+    const int32x4_t b = *reinterpret_cast<const int32x4_t*>(&other);
+    out[0] = vmlaq_s32(out[0], low, vqrdmulhq_s32(a[0], b));
+    out[1] = vmlaq_s32(out[1], high, vqrdmulhq_s32(a[1], b));
+  }
 #else
+  static constexpr int kUnits = 1;
   I8 sum = all(0);
   static int32_t start_of(int32_t x) { return x; }
   inline void start(int32_t x) { sum = all(x); }
@@ -317,6 +341,8 @@ struct Dot {
     for (int shift = 24; shift >= 0; shift -= 8) sum += ((first << shift) >> 24) * ((second << shift) >> 24);
   }
   inline I8 total() const { return sum; }
+  static int32_t scale_of(int32_t x) { return x; }
+  inline void add_scaled(I8& to, I8 scale, I8 other) const { to += sum * ((scale * other + (1 << 14)) >> 15); }
 #endif
 };
 

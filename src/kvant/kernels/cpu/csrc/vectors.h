@@ -60,7 +60,7 @@ void rope_row(float* x, const float* cos, const float* sin, int pairs) {
 }
 
 inline F8 activate(F8 x, int32_t activation) {
-  if (activation == kSilu) return x / (all(1.0f) + exponential(-x));
+  if (activation == kSilu) return x / (all(1.0f) + power_of_two(smaller(x * all(-1.44269504f), all(126.0f))));
   if (activation == kGeluTanh) {
     const F8 inner = all(0.7978845608f) * (x + all(0.044715f) * x * x * x);
     return all(0.5f) * x * (all(1.0f) + hyperbolic_tangent(inner));

@@ -1,0 +1,310 @@
+// Products of many tokens with quantized weights: row blocks' codes are spread to bytes once, 1,024 columns at a time
+// (a panel), for all tokens to use.
+//
+// Scales are integers here: a weight's relative to the row's largest of the panel, a token's relative to the sum of its
+// scales, so that all sums of a panel fit 32 bits. What is left for each sum is two multiplications and an addition.
+#pragma once
+
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace kvant::KVANT_ISA {
+
+constexpr int kTileTokens = 6;
+constexpr int kPanelTokens = 2 * kTileTokens + 1;  // up to two tiles of tokens, a tile unpacks for itself
+constexpr int kPanelColumns = 1024;                // of 4 bits, so that a panel stays in the nearest cache; half of 8
+constexpr int kUnits = Dot::kUnits;
+constexpr float kScaleTop = 32767, kScaleUnit = 32768;
+constexpr float kScaleSum = 65000;  // of a token's scales: times 32 * 8 * 127 it stays below 2^31, rounding included
+
+// Row blocks that are worked on together: the first, and how far apart they lie.
+struct Blocks {
+  int first, stride;
+  int operator[](int b) const { return first + b * stride; }
+};
+
+inline int num_spans(const Weight& w, int padded) { return (padded + w.group - 1) / w.group; }
+
+// What a code of 0 stands for, of 8 rows: the bias, or what a zero point of 8 bits makes of the scale, exactly.
+inline F8 bias_of(const Weight& w, int64_t at, F8 scale) {
+  if (w.biases) return load_half(w.biases + at);
+  return -(to_float(__builtin_convertvector(load<B8>(w.zeros + at), I8)) * scale);
+}
+
+// One step of 32 codes of NB row blocks times 4 columns of M tokens, whose codes lie `padded` apart.
+template <int M, int NB>
+inline void add_step(Dot (&dots)[M][NB], const B32 (&c)[NB], const int8_t* x, int64_t padded) {
+  for (int m = 0; m < M; ++m) {
+    const B32 a = broadcast4(x + m * padded);
+    for (int b = 0; b < NB; ++b) dots[m][b].add(c[b], a);
+  }
+}
+
+template <int M, int NB>
+inline void start_all(Dot (&dots)[M][NB], const int32_t* starts) {
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < NB; ++b) dots[m][b].start(starts[m]);
+}
+
+// How columns are cut: a unit has one scale of the weight and one of the tokens, 16 or 32 columns; a round is as many
+// units as a lane of `Dot` holds apart; a part is the rounds of one panel.
+struct Cut {
+  int unit, rounds, part, planes;
+  Cut(const Weight& w, int columns) : unit(std::min(w.group, kGroup)), planes(w.kind == kWeightU4 ? 1 : 2) {
+    rounds = (columns + kUnits * unit - 1) / (kUnits * unit);
+    part = kPanelColumns / planes / (kUnits * unit);
+  }
+  int steps() const { return kUnits * unit / 4; }
+  int parts() const { return (rounds + part - 1) / part; }
+  // Numbers of a round for each token: where its sums start, codes, scales.
+  int numbers() const { return steps() + 2; }
+};
+
+// Tiles of as equal a height as there is: 13 tokens are 5 + 5 + 3, not 6 + 6 + 1. It is 5 or 6.
+int panel_height(int64_t tokens) {
+  if (tokens < kPanelTokens) return 0;
+  const int64_t tiles = (tokens + kTileTokens - 1) / kTileTokens;
+  return static_cast<int>((tokens + tiles - 1) / tiles);
+}
+
+inline float unit_scale(const QuantizedRow& row, const Cut& cut, int u) {
+  return row.scales[u * cut.unit / kGroup * row.stride];
+}
+
+inline int32_t unit_sum(const QuantizedRow& row, const Cut& cut, int u) {
+  if (cut.unit < kGroup) return row.half_sums[u * row.stride];
+  return row.half_sums[2 * u * row.stride] + row.half_sums[(2 * u + 1) * row.stride];
+}
+
+// The units of a round in one number, as a lane of `Dot` has them.
+inline int32_t lane_of(const int32_t (&x)[2]) {
+  return kUnits == 1 ? x[0] : static_cast<int32_t>((x[0] & 0xffff) | static_cast<uint32_t>(x[1]) << 16);
+}
+
+// Scales and starts of a quantized row for one part, units [begin, end); returns what a scale of 1 stands for. `out` is
+// the token's first number.
+inline float panel_scales(const QuantizedRow& row, const Cut& cut, int begin, int end, int height, int32_t* out) {
+  float top = 0, total = 0;
+  for (int u = begin; u < end; ++u) {
+    const float scale = unit_scale(row, cut, u);
+    top = std::max(top, scale);
+    total += scale;  // NaN where one is
+  }
+  total *= cut.unit / static_cast<float>(kGroup);
+  const float step = std::max(total / kScaleSum, top / kScaleTop);
+  const float inverse = step > 0 && total >= 0 ? 1.0f / step : 0.0f;
+  for (int u = begin; u < end; u += kUnits, out += cut.numbers() * height) {
+    int32_t scales[2] = {}, starts[2] = {};
+    for (int i = 0; i < kUnits && u + i < end; ++i) {
+      if (inverse > 0) scales[i] = static_cast<int32_t>(unit_scale(row, cut, u + i) * inverse + 0.5f);
+      starts[i] = -8 * unit_sum(row, cut, u + i);
+    }
+    out[0] = lane_of(starts);
+    out[(cut.steps() + 1) * height] = Dot::scale_of(lane_of(scales));
+  }
+  return total >= 0 ? step : total;
+}
+
+// A round's codes, four columns a number: with two units, two columns of each. `second` may be null, for zeros.
+inline void panel_codes(const int8_t* first, const int8_t* second, int unit, int height, int32_t* out) {
+  if (kUnits == 1) {
+    for (int i = 0; i < unit; i += 4, out += height) *out = load<int32_t>(first + i);
+    return;
+  }
+  for (int i = 0; i < unit; i += 4, out += 2 * height) {
+    const uint32_t a = load<uint32_t>(first + i), b = second ? load<uint32_t>(second + i) : 0;
+    out[0] = static_cast<int32_t>((a & 0xffff) | b << 16);
+    out[height] = static_cast<int32_t>(a >> 16 | (b & 0xffff0000));
+  }
+}
+
+// Makes of the quantized row `token` what panels take.
+void panel_row(const Weight& w, const Input& in, int token) {
+  const Cut cut(w, in.padded);
+  const QuantizedRow row = in.row(token);
+  const int height = in.panels.height, tile = token / height, at = token % height, units = in.padded / cut.unit;
+  int32_t* out = in.panels.tiles + int64_t{tile} * cut.rounds * cut.numbers() * height + at;
+  for (int r = 0; r < cut.rounds; ++r) {
+    const int8_t* first = row.codes + r * kUnits * cut.unit;
+    const int8_t* second = (r + 1) * kUnits <= units ? first + cut.unit : nullptr;
+    panel_codes(first, second, cut.unit, height, out + (r * cut.numbers() + 1) * height);
+  }
+  float* steps = in.panels.steps + int64_t{tile} * cut.parts() * height + at;
+  for (int begin = 0; begin < cut.rounds; begin += cut.part, steps += height) {
+    const int last = std::min(units, (begin + cut.part) * kUnits);
+    *steps = panel_scales(row, cut, begin * kUnits, last, height, out + begin * cut.numbers() * height);
+  }
+}
+
+// Row blocks' codes and scales: codes [plane][round][step of 4 columns][NB][32], scales [round][NB][16]. An 8-bit code
+// less 128 is 16 times what the first plane has above 8, and what the second has.
+template <int NB>
+struct Panel {
+  alignas(32) uint8_t codes[kPanelColumns / 4 * NB * 32];
+  alignas(32) int16_t scales[kPanelColumns / 16 / kUnits * NB * 16];
+  F8 tops[NB];
+};
+
+// One round's codes of a block; the second unit's lie apart. Steps lie `stride` bytes apart, planes `plane`.
+template <int Planes>
+inline void unpack_round(const uint8_t* first, const uint8_t* second, int unit, int stride, int64_t plane,
+                         uint8_t* to) {
+  for (int v = 0; v < unit * Planes / 8; ++v) {
+    U8 parts[2] = {load<U8>(first + 32 * v)};
+    if (kUnits == 2) {
+      const U8 other = load<U8>(second + 32 * v);
+      const U8 held = parts[0];
+      parts[0] = (held & 0xffff) | other << 16;
+      parts[1] = held >> 16 | (other & 0xffff0000);
+    }
+    for (int i = 0; i < kUnits; ++i) {
+      const B32 c = as<B32>(parts[i]);
+      if (Planes == 1) {
+        store(to + (2 * v * kUnits + i) * stride, c & 15);
+        store(to + ((2 * v + 1) * kUnits + i) * stride, (c >> 4) & 15);
+      } else {
+        store(to + (v * kUnits + i) * stride, ((c >> 4) & 15) + ((c >> 3) & 1));
+        store(to + (v * kUnits + i) * stride + plane, (c + 8) & 15);
+      }
+    }
+  }
+}
+
+// Scales of a block's units [begin, end), 8 rows each; returns what a scale of 2^15 stands for.
+inline F8 unpack_scales(const Weight& w, const uint16_t* scales, const Cut& cut, int begin, int end, int stride,
+                        int16_t* to) {
+  const auto scale_at = [&](int u) { return load_half(scales + int64_t{u * cut.unit / w.group} * kRowBlock); };
+  F8 top = all(0.0f), poison = all(0.0f);
+  for (int u = begin; u < end; ++u) {
+    top = larger(top, magnitude(scale_at(u)));
+    poison += scale_at(u) - scale_at(u);  // a maximum may hide a NaN
+  }
+  const F8 inverse = top > all(0.0f) ? all(kScaleTop) / top : all(0.0f);
+  for (int u = begin; u < end; u += kUnits, to += stride) {
+    I8 lane = to_int(scale_at(u) * inverse);
+    if (kUnits == 2) lane = (lane & 0xffff) | (u + 1 < end ? to_int(scale_at(u + 1) * inverse) << 16 : all(0));
+    store(to, lane);
+  }
+  return top * all(kScaleUnit / kScaleTop) + poison;
+}
+
+// The rounds [begin, end) of NB row blocks.
+template <int NB>
+inline void unpack_panel(const Weight& w, const Cut& cut, int padded, Blocks blocks, int begin, int end,
+                         Panel<NB>& out) {
+  const int units = padded / cut.unit, bytes = cut.unit * 4 * cut.planes, stride = NB * 32;
+  const int last = std::min(units, end * kUnits);
+  const int64_t plane = int64_t{end - begin} * cut.steps() * stride;
+  for (int b = 0; b < NB; ++b) {
+    const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + int64_t{blocks[b]} * units * bytes;
+    for (int r = begin; r < end; ++r) {
+      const uint8_t* first = codes + int64_t{r} * kUnits * bytes;
+      const uint8_t* second = first + (r * kUnits + 1 < units ? bytes : 0);
+      uint8_t* to = out.codes + (r - begin) * cut.steps() * stride + b * 32;
+      for (int i = 0; i < kUnits * bytes; i += 64)
+        __builtin_prefetch(first + int64_t{end - begin} * kUnits * bytes + i);  // the stream's next panel
+      cut.planes == 1 ? unpack_round<1>(first, second, cut.unit, stride, plane, to)
+                      : unpack_round<2>(first, second, cut.unit, stride, plane, to);
+    }
+    const uint16_t* scales = w.scales + int64_t{blocks[b]} * num_spans(w, padded) * kRowBlock;
+    out.tops[b] = unpack_scales(w, scales, cut, begin * kUnits, last, NB * 16, out.scales + b * 16);
+  }
+}
+
+// Dots of `rounds` rounds, summed with their scales.
+template <int M, int NB, int Steps>
+inline void panel_sums(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, I8 (&sums)[M][NB]) {
+  for (int r = 0; r < rounds; ++r) {
+    Dot dots[M][NB];
+    start_all(dots, x);
+    x += M;
+KVANT_UNROLL
+    for (int s = 0; s < Steps; ++s) {
+      B32 c[NB];
+      for (int b = 0; b < NB; ++b) c[b] = load<B32>(codes + b * 32);
+      add_step(dots, c, reinterpret_cast<const int8_t*>(x), 4);
+      codes += NB * 32;
+      x += M;
+    }
+    for (int m = 0; m < M; ++m) {
+      const I8 scale = all(x[m]);
+      for (int b = 0; b < NB; ++b) dots[m][b].add_scaled(sums[m][b], load<I8>(scales + b * 16), scale);
+    }
+    x += M;
+    scales += NB * 16;
+  }
+}
+
+// What biases or zero points add, of units [begin, end): a centred code of 0 is a code of 8 or 128.
+template <int M, int NB>
+void add_biases(const Weight& w, const Cut& cut, int padded, Blocks blocks, const QuantizedRow& row, int tokens,
+                int begin, int end, F8 (&y)[M][NB]) {
+  const int last = std::min(end, padded / cut.unit);
+  for (int b = 0; b < NB; ++b)
+    for (int u = begin; u < last; ++u) {
+      const int64_t at = (int64_t{blocks[b]} * num_spans(w, padded) + u * cut.unit / w.group) * kRowBlock;
+      const F8 scale = load_half(w.scales + at);
+      const F8 bias = bias_of(w, at, scale) + scale * all(cut.planes == 1 ? 8.0f : 128.0f);
+      for (int m = 0; m < tokens; ++m) {
+        const QuantizedRow it = {row.codes, row.scales + m, row.weighted, row.starts, row.half_sums + m, row.stride};
+        y[m][b] += bias * all(unit_scale(it, cut, u) * static_cast<float>(unit_sum(it, cut, u)));
+      }
+    }
+}
+
+// A tile of tokens times a panel of the rounds [begin, end), added to `out` unless they are the first.
+template <int M, int NB, int Steps>
+void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Panel<NB>& panel, int begin, int end,
+                int first, int last, Blocks blocks, float* out) {
+  const Weight& w = linear.weight;
+  const int64_t tile = first / M;
+  const int32_t* x = in.panels.tiles + (tile * cut.rounds + begin) * (Steps + 2) * M;
+  const float* steps = in.panels.steps + (tile * cut.parts() + begin / cut.part) * M;
+  F8 y[M][NB] = {};
+  for (int plane = 0; plane < cut.planes; ++plane) {
+    I8 sums[M][NB] = {};
+    const uint8_t* codes = panel.codes + int64_t{plane} * (end - begin) * Steps * NB * 32;
+    panel_sums<M, NB, Steps>(codes, panel.scales, x, end - begin, sums);
+    for (int m = 0; m < M; ++m)
+      for (int b = 0; b < NB; ++b)
+        y[m][b] += to_float(sums[m][b]) * (panel.tops[b] * all(plane + 1 < cut.planes ? 16 * steps[m] : steps[m]));
+  }
+  if (w.biases || w.zeros)
+    add_biases(w, cut, in.padded, blocks, in.row(first), last - first, begin * kUnits, end * kUnits, y);
+  for (int m = 0; m < last - first; ++m)
+    for (int b = 0; b < NB; ++b) {
+      const int row = blocks[b] * kRowBlock, left = std::min(kRowBlock, w.rows - row);
+      float* to = out + int64_t{first + m} * w.rows + row;
+      const float* base = begin ? to : linear.bias ? linear.bias + row : nullptr;
+      store_some(to, base ? y[m][b] + load_some(base, left) : y[m][b], left);
+    }
+}
+
+template <int NB>
+using PanelTile = void (*)(const Linear&, const Input&, const Cut&, const Panel<NB>&, int begin, int end, int first,
+                           int last, Blocks, float* out);
+
+template <int NB>
+PanelTile<NB> panel_tile_of(int unit, int height) {
+  constexpr int kSteps = kUnits * kGroup / 4;
+  if (unit == kGroup) return height == 5 ? panel_tile<5, NB, kSteps> : panel_tile<6, NB, kSteps>;
+  return height == 5 ? panel_tile<5, NB, kSteps / 2> : panel_tile<6, NB, kSteps / 2>;
+}
+
+// The tokens [first, last), whole tiles but for the last of all, times NB row blocks.
+template <int NB>
+void by_panels(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
+  const Cut cut(linear.weight, in.padded);
+  const int height = in.panels.height;
+  const PanelTile<NB> tile = panel_tile_of<NB>(cut.unit, height);
+  Panel<NB> panel;
+  for (int begin = 0; begin < cut.rounds; begin += cut.part) {
+    const int end = std::min(cut.rounds, begin + cut.part);
+    unpack_panel(linear.weight, cut, in.padded, blocks, begin, end, panel);
+    for (int token = first; token < last; token += height)
+      tile(linear, in, cut, panel, begin, end, token, std::min(last, token + height), blocks, out);
+  }
+}
+
+}  // namespace kvant::KVANT_ISA
