@@ -253,7 +253,8 @@ void add_biases(const Weight& w, const Cut& cut, int padded, Blocks blocks, cons
     }
 }
 
-// A tile of tokens times a panel of the rounds [begin, end), added to `out` unless they are the first.
+// A tile of tokens times a panel of the rounds [begin, end), added to `out` unless they are the first. The last tile
+// may have room for more tokens than there are: what that holds is multiplied as well, and dropped.
 template <int M, int NB, int Steps>
 void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Panel<NB>& panel, int begin, int end,
                 int first, int last, Blocks blocks, float* out) {

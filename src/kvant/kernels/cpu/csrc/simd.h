@@ -279,7 +279,8 @@ inline B32 broadcast4(const int8_t* p) {
 //
 // Or, of sums that fit 16 bits, `add_scaled` adds their products with scale * other / 2^15, rounded, and a lane holds
 // kUnits sums apart: with two, bytes 0 and 1 of a lane, scales and starts are in the lower 16 bits of one number, bytes
-// 2 and 3 in the upper. `other` is what `scale_of` made of a number that is not negative.
+// 2 and 3 in the upper. What does not fit wraps around. `other` is what
+// `scale_of` made of a number that is not negative.
 struct Dot {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
   static constexpr int kUnits = 1;
@@ -305,7 +306,8 @@ struct Dot {
   inline I8 total() const { return (I8)_mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
   static int32_t scale_of(int32_t x) { return x; }
   inline void add_scaled(I8& to, I8 scale, I8 other) const {
-    to += (I8)_mm256_madd_epi16(sum, _mm256_mulhrs_epi16((__m256i)scale, (__m256i)other));
+    const __m256i product = _mm256_madd_epi16(sum, _mm256_mulhrs_epi16((__m256i)scale, (__m256i)other));
+    to = (I8)_mm256_add_epi32((__m256i)to, product);
   }
 #elif defined(__ARM_FEATURE_DOTPROD)
   static constexpr int kUnits = 1;
@@ -342,7 +344,10 @@ struct Dot {
   }
   inline I8 total() const { return sum; }
   static int32_t scale_of(int32_t x) { return x; }
-  inline void add_scaled(I8& to, I8 scale, I8 other) const { to += sum * ((scale * other + (1 << 14)) >> 15); }
+  inline void add_scaled(I8& to, I8 scale, I8 other) const {
+    const I8 product = as<I8>(as<U8>(scale) * as<U8>(other) + (1 << 14)) >> 15;
+    to = as<I8>(as<U8>(to) + as<U8>(sum) * as<U8>(product));
+  }
 #endif
 };
 
