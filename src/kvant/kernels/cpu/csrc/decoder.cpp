@@ -93,7 +93,7 @@ void Step::product(const Linear& linear, const Input& in, const Streams& streams
 }
 
 Streams Step::streams(const Weight& weight, int64_t tokens) {
-  return Streams(static_cast<int>(ceil_div(weight.rows, kRowBlock)), k_.linear_streams(tokens));
+  return Streams(static_cast<int>(ceil_div(weight.rows, kRowBlock)), k_.linear_streams(weight, tokens));
 }
 
 void Step::multiply(const Linear& linear, const Input& in, int64_t tokens, float* out) {

@@ -77,7 +77,7 @@ struct Kernels {
   void (*quantize_row)(const float* x, int columns, const QuantizedRow& out);
   int (*panel_height)(int64_t tokens);  // of the tiles that so many tokens make, 0 where they do not go by panels
   void (*panel_row)(const Weight&, const Input&, int token);
-  int (*linear_streams)(int64_t tokens);
+  int (*linear_streams)(const Weight&, int64_t tokens);
   void (*linear_part)(const Linear&, const Input&, const Streams&, int first, int last, int begin, int end, float* out);
   void (*weight_row)(const Weight&, int row, float* out);
   void (*rms_norm_row)(const float* x, const float* weight, float eps, int count, float* y);

@@ -207,7 +207,10 @@ void by_tiles(const Linear& linear, const Input& in, int first, int last, Blocks
 }
 
 // How many streams of row blocks a product of so many tokens reads.
-int linear_streams(int64_t tokens) { return tokens == 1 ? kStreams : kTileBlocks; }
+int linear_streams(const Weight& w, int64_t tokens) {
+  if (tokens == 1) return kStreams;
+  return w.kind >= kWeightU4 && panel_height(tokens) ? kPanelBlocks : kTileBlocks;
+}
 
 template <int NB>
 void linear_step(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
@@ -220,7 +223,8 @@ void linear_part(const Linear& linear, const Input& in, const Streams& streams, 
                  float* out) {
   const int stride = streams.stride, whole = std::min(end, stride);
   for (int i = begin; i < whole; ++i) {
-    if (streams.width == kTileBlocks) linear_step<kTileBlocks>(linear, in, first, last, {i, stride}, out);
+    if (streams.width == kPanelBlocks) linear_step<kPanelBlocks>(linear, in, first, last, {i, stride}, out);
+    else if constexpr (kTileBlocks == kStreams) by_tiles<kTileBlocks>(linear, in, first, last, {i, stride}, out);
     else tile_of<1, kStreams>(linear.weight)(linear, in, first, {i, stride}, out);
   }
   for (int i = std::max(begin, stride); i < end; ++i)

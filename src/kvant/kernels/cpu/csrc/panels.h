@@ -13,6 +13,7 @@ namespace kvant::KVANT_ISA {
 
 constexpr int kTileTokens = 6;
 constexpr int kPanelTokens = 2 * kTileTokens + 1;  // up to two tiles of tokens, a tile unpacks for itself
+constexpr int kPanelBlocks = 2;                    // whose sums and dots stay in registers
 constexpr int kPanelColumns = 1024;                // of 4 bits, so that a panel stays in the nearest cache; half of 8
 constexpr int kUnits = Dot::kUnits;
 constexpr float kScaleTop = 32767, kScaleUnit = 32768;
