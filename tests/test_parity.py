@@ -20,7 +20,7 @@ from kvant.formats.kv_codecs import ShapedCodec, hadamard
 from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.ops import AttentionShape, Ops, SamplingBatch
-from kvant.kernels.select import available_backends
+from kvant.kernels.select import available_backends, select_ops
 from kvant.quantize.rtn import rtn
 from tests.formats.oracle import HALF_LIMIT, assert_encodes
 from tests.formats.stats import layer_plan_of
@@ -152,7 +152,7 @@ def test_quantized_linear_is_exact_where_8_bits_hold_the_inputs(ops, weight, row
     """So no scale, zero point or code can be another's. Scales of many rows may be integers, relative to their sum."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-127, 128, (rows, weight.in_features), generator=generator)
-    codes[:, ::16] = 127  # so there is one in each group of 32
+    codes[:, ::16] = codes[:, 1::16] = 127  # so there are two in each group of 32, and neither is left out of it
     groups = -(-weight.in_features // 32)
     steps = 2.0 ** torch.randint(-6, 7, (rows, groups), generator=generator)
     x = codes * steps.repeat_interleave(32, dim=1)[:, : weight.in_features]
@@ -194,6 +194,16 @@ def test_quantized_linear_hides_no_input_that_is_not_finite(ops, bad, rows):
     finite = ops.linear(x, weight).isfinite()
     assert not finite[rows // 2].any()
     assert finite.all(-1).sum() == rows - 1
+
+
+@SOME
+@given(weight=quantized(), rows=st.integers(1, 30), seed=SEEDS)
+def test_an_input_much_larger_than_the_others_makes_them_no_coarser(ops, weight, rows, seed):
+    x, matrix = random(seed, rows, weight.in_features), weight.dequantize(torch.float64)
+    others = x.double().norm(dim=-1).mean() * matrix.norm()
+    x[torch.arange(rows), torch.arange(rows) * 7 % (weight.in_features // 8 * 8)] = 1e4
+    error = ops.linear(x, ops.prepare(weight)).double() - x.double() @ matrix.T
+    assert error.abs().max() <= 0.02 * others + 1e-5 * 1e4 * matrix.abs().max()
 
 
 @SOME
@@ -302,7 +312,7 @@ def attended(it: Scene, q: Tensor, shape: AttentionShape) -> Tensor:
 
 
 # Contexts of one tile and of many, cut where units of work may be cut.
-LONG = [(17, 1), (511, 1), (512, 1), (1023, 2), (700, 20)]
+LONG = [(17, 1), (511, 1), (512, 1), (1023, 2), (700, 20), (1300, 1)]
 
 
 @cache
@@ -327,11 +337,18 @@ def held_in_8_bits(cache: KVLayer, q: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", KV_FORMATS)
-@pytest.mark.parametrize(("dim", "window"), [(64, None), (128, 600)])
+@pytest.mark.parametrize(("dim", "window"), [(64, None), (64, 100), (128, 600)])
 def test_attention_is_close_on_the_whole(attending, name, dim, window):
     it, q, shape, expected = long_contexts(name, dim, window, held=False)
     error = attending.attention(q, it.cache, it.batch, shape) - expected
     assert error.norm() <= ON_THE_WHOLE[rounded_bits(attending, it.cache.format)] * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8", "int4"])
+def test_the_parts_of_a_long_context_may_be_different_threads(name):
+    it, q, shape, _ = long_contexts(name, 64, None, held=False)
+    one, three = (select_ops("cpu", threads=threads).attention(q, it.cache, it.batch, shape) for threads in (1, 3))
+    assert torch.equal(one, three)
 
 
 @pytest.mark.parametrize("name", [name for name, fmt in KV_FORMATS.items() if code_bits(fmt.key) == 4])

@@ -45,11 +45,13 @@ const Isa kIsas[] = {
 #if defined(KVANT_BUILT_AVX512)
     {"avx512",
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c"),
      avx512_kernels},
 #endif
 #if defined(KVANT_BUILT_AVX2)
-    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"), avx2_kernels},
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+     avx2_kernels},
 #endif
 #if defined(KVANT_BUILT_NEON)
     {"neon", has_neon_dots(), neon_kernels},
@@ -181,11 +183,13 @@ KVANT_API void kvant_pack(int32_t kind, const void* x, int64_t rows, int64_t col
     case kWeightF16:
     case kWeightBF16: return pack_dense(static_cast<const uint16_t*>(x), rows, columns, static_cast<uint16_t*>(out));
     default:
-      return pack_codes(static_cast<const uint8_t*>(x), kind == kWeightU4 ? 4 : 8, rows, columns, static_cast<uint8_t*>(out));
+      return pack_codes(static_cast<const uint8_t*>(x), kind == kWeightU4 ? 4 : 8, rows, columns,
+                        static_cast<uint8_t*>(out));
   }
 }
 
-KVANT_API int kvant_linear(const Kernels* k, int threads, const Linear* linear, const float* x, int64_t tokens, float* out) {
+KVANT_API int kvant_linear(const Kernels* k, int threads, const Linear* linear, const float* x, int64_t tokens,
+                           float* out) {
   return guarded([&] { Step(*k, threads).linear(*linear, x, tokens, out); });
 }
 
@@ -194,13 +198,13 @@ KVANT_API int kvant_embedding(const Kernels* k, int threads, const Weight* weigh
   return guarded([&] { Step(*k, threads).embedding(*weight, ids, tokens, out); });
 }
 
-KVANT_API int kvant_rms_norm(const Kernels* k, int threads, const float* x, const float* weight, float eps, int64_t rows,
-                             int32_t width, float* out) {
+KVANT_API int kvant_rms_norm(const Kernels* k, int threads, const float* x, const float* weight, float eps,
+                             int64_t rows, int32_t width, float* out) {
   return guarded([&] { Step(*k, threads).rms_norm(x, weight, eps, rows, width, out); });
 }
 
-KVANT_API int kvant_gated(const Kernels* k, int threads, const float* x, int64_t rows, int32_t width, int32_t activation,
-                          float* out) {
+KVANT_API int kvant_gated(const Kernels* k, int threads, const float* x, int64_t rows, int32_t width,
+                          int32_t activation, float* out) {
   return guarded([&] { Step(*k, threads).gated(x, rows, width, activation, out); });
 }
 
@@ -245,7 +249,8 @@ KVANT_API int kvant_draw(const Kernels* k, int threads, const Model* model, cons
   });
 }
 
-KVANT_API int kvant_logits(const Kernels* k, int threads, const Model* model, const float* hidden, int64_t rows, float* out) {
+KVANT_API int kvant_logits(const Kernels* k, int threads, const Model* model, const float* hidden, int64_t rows,
+                           float* out) {
   return guarded([&] { Step(*k, threads).logits(*model, hidden, rows, out); });
 }
 

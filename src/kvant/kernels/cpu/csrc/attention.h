@@ -1,7 +1,7 @@
 // What decodes and prompts share in attention over the blocked cache: queries, the keys' centre, softmax, outputs.
 //
 // What a codec does to keys is done to the query instead, and what it does to values is undone on the output: codes are
-// used as they lie. Scores gain the query's product with the keys' centre, a polynomial within each tile. All scores are
+// used as they lie. Scores gain the query's product with the keys' centre, a polynomial within each tile. Scores are
 // to the base of 2.
 #pragma once
 

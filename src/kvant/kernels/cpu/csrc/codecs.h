@@ -124,7 +124,8 @@ inline void decode_vector(const Side& side, int head, int dim, Spot spot, float*
     default: {
       typedef int8_t Signs __attribute__((vector_size(8)));
       scale = side.kind == kVectorStatic8 ? side.scale[head] : from_half(meta[0]);
-      for (int i = 0; i < dim; i += 8) store(x + i, to_float(__builtin_convertvector(load<Signs>(codes + i), I8)) * all(scale));
+      for (int i = 0; i < dim; i += 8)
+        store(x + i, to_float(__builtin_convertvector(load<Signs>(codes + i), I8)) * all(scale));
     }
   }
 }

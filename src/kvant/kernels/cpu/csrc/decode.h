@@ -335,8 +335,8 @@ void attend_splits(const AttentionWork& work, int sequence, int token, int kv_he
   const Place at(work, sequence, kv_head);
   const int shared = at.shape.heads / at.shape.kv_heads;
   const auto keys = [&](int split) {
-    const Run run{0, std::min(kTile, at.layer.block_size), at.spot(int64_t{split} * kSplitSlots)};
-    return split < last ? Ahead(at.layer.key, at.dim, run) : Ahead();
+    if (split >= last) return Ahead();
+    return Ahead(at.layer.key, at.dim, {0, std::min(kTile, at.layer.block_size), at.spot(int64_t{split} * kSplitSlots)});
   };
   keys(first).ask_all();
   for (int base = 0; base < shared; base += kMaxShared) {

@@ -10,9 +10,9 @@ namespace {
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
 constexpr int kSplitsAtOnce = 2;       // of a context, in one unit of work for several threads
-constexpr int64_t kHeadsAtOnce = 4;     // whose keys are written side by side where there is one token
-constexpr int64_t kPartColumns = 512;   // at least so many a part of a panel's inputs has
-constexpr int64_t kPanelNumbers = 24;   // of 64 columns of a panel's inputs at most: of 16 columns 4, and 2 more
+constexpr int64_t kHeadsWritten = 4;   // side by side where there is one token
+constexpr int64_t kPartColumns = 512;  // at least so many a part of a panel's inputs has
+constexpr int64_t kPanelNumbers = 24;  // of 64 columns of a panel's inputs at most: 4 rounds of 4 steps, a start, a scale
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -29,7 +29,7 @@ void Step::rows(int64_t count, Body body) {
 
 // Room for a linear layer's inputs, quantized as its weight wants them.
 Input Step::room(const Weight& weight, const float* x, int64_t tokens) {
-  if (weight.kind <= kWeightBF16) return {x, {}, weight.columns, {}};
+  if (weight.kind <= kWeightBF16) return {x, {}, weight.columns, {}, nullptr};
   const int padded = static_cast<int>(ceil_div(weight.columns, kGroup)) * kGroup;
   const int64_t groups = tokens * padded / kGroup;
   Arena& arena = turn_.arena();
@@ -37,7 +37,8 @@ Input Step::room(const Weight& weight, const float* x, int64_t tokens) {
               {arena.take<int8_t>(tokens * padded), arena.take<float>(groups), arena.take<float>(groups),
                arena.take<int32_t>(groups), arena.take<int32_t>(2 * groups), tokens},
               padded,
-              {}};
+              {},
+              nullptr};
   const int height = k_.panel_height(tokens);
   if (!height) return in;
   const int64_t rows = ceil_div(tokens, height) * height, parts = ceil_div(padded, kPartColumns);
@@ -49,7 +50,8 @@ Input Step::room(const Weight& weight, const float* x, int64_t tokens) {
 // A linear layer's inputs, x [tokens, columns]; `make(t)` writes row t of x first, on the thread that quantizes it.
 template <class Make>
 Input Step::inputs(const Weight& weight, const float* x, int64_t tokens, Make make) {
-  const Input in = room(weight, x, tokens);
+  Input in = room(weight, x, tokens);
+  in.outliers = turn_.arena().take<Outlier>(tokens);
   float* ordered = weight.order ? turn_.arena().take<float>(tokens * weight.columns) : nullptr;
   rows(tokens, [&](int64_t t) {
     make(t);
@@ -60,7 +62,7 @@ Input Step::inputs(const Weight& weight, const float* x, int64_t tokens, Make ma
       row = to;
     }
     if (weight.kind <= kWeightBF16) return;
-    k_.quantize_row(row, weight.columns, in.row(t));
+    k_.quantize_row(row, weight.columns, in.row(t), in.outliers + t);
     if (in.panels.tiles) k_.panel_row(weight, in, static_cast<int>(t));
   });
   return in;
@@ -127,7 +129,7 @@ Input Step::gated_inputs(const Model& model, const Layer& layer, const Input& in
         const float* gate = wide + t * 2 * width + column;
         float* to = narrow + t * width + column;
         k_.gated_row(gate, gate + width, static_cast<int>(count), model.activation, to);
-        k_.quantize_row(to, static_cast<int>(count), out.row(t).group(column / kGroup));
+        k_.quantize_row(to, static_cast<int>(count), out.row(t).group(column / kGroup), nullptr);
       }
   });
   if (out.panels.tiles) rows(tokens, [&](int64_t t) { k_.panel_row(down, out, static_cast<int>(t)); });
@@ -152,8 +154,8 @@ void Step::gated(const float* x, int64_t count, int width, int32_t activation, f
 // there are fewer of them, several heads' too. Calls `body(entries, count)`, entries without their vectors.
 template <class Body>
 void Step::write_units(const AttentionShape& shape, const Batch& batch, Body body) {
-  const int64_t tokens = std::min<int64_t>(batch.tokens, kWriteWidth);
-  const int64_t heads = std::max<int64_t>(1, kHeadsAtOnce / tokens);
+  const int64_t tokens = std::clamp<int64_t>(batch.tokens, 1, kWriteWidth);
+  const int64_t heads = std::max<int64_t>(1, kHeadsWritten / tokens);
   const int64_t blocks = ceil_div(batch.tokens, tokens);
   turn_.run(blocks * ceil_div(shape.kv_heads, heads), [&](int64_t unit) {
     Entry entries[kWriteWidth];
@@ -183,7 +185,7 @@ void Step::write_side(const KvLayer& cache, const Side& side, int dim, const flo
     if (failed >> n & 1) bad[entries[n].token] = 1;
 }
 
-// Units of attention: for decodes a token, a KV head and up to `at_once` splits; with none, only those of prompts, a tile
+// Units of attention: of decodes a token, a KV head and up to `at_once` splits; or, with none of these, of prompts a tile
 // of tokens and a KV head.
 int64_t Step::plan(const AttentionShape& shape, const Batch& batch, int lead, int at_once, Unit* units) {
   const int shared = shape.heads / shape.kv_heads, tile = std::max(1, kTileRows / shared);

@@ -29,6 +29,12 @@ struct PanelInput {
   int32_t height;
 };
 
+// An element that is so large that the codes of its group would be coarse: it is left out of them. Column -1: there is none.
+struct Outlier {
+  float value;
+  int32_t column;
+};
+
 // A linear layer's inputs: the rows, and the same quantized for weights of few bits. Of a group, all rows' scales lie
 // together: a tile of rows reads them by one pointer.
 struct Input {
@@ -36,6 +42,7 @@ struct Input {
   QuantizedRow rows;  // the first
   int32_t padded;     // columns, a multiple of kGroup
   PanelInput panels;
+  Outlier* outliers;  // [tokens], or null
 
   QuantizedRow row(int64_t token) const {
     return {rows.codes + token * padded, rows.scales + token,    rows.weighted + token,
@@ -74,7 +81,7 @@ struct Entry {
 
 struct Kernels {
   const char* name;
-  void (*quantize_row)(const float* x, int columns, const QuantizedRow& out);
+  void (*quantize_row)(const float* x, int columns, const QuantizedRow& out, Outlier* outlier);
   int (*panel_height)(int64_t tokens);  // of the tiles that so many tokens make, 0 where they do not go by panels
   void (*panel_row)(const Weight&, const Input&, int token);
   int (*linear_streams)(const Weight&, int64_t tokens);

@@ -1,4 +1,4 @@
-// Matrix products. Quantized weights meet activations quantized to 8 bits, 32 columns a scale: integer dots, no unpacking.
+// Matrix products. Quantized weights meet activations of 8 bits, 32 columns a scale: integer dots, no unpacking.
 //
 // An 8-bit weight is two 4-bit ones, 16 * high + low, since only 4-bit products add up in 16 bits without overflow.
 #pragma once
@@ -38,13 +38,45 @@ inline void quantize_group(const float* x, const QuantizedRow& out, int group) {
   out.starts[at] = Dot::start_of(-8 * (sums[0] + sums[1]));
 }
 
-void quantize_row(const float* x, int columns, const QuantizedRow& out) {
-  const int whole = columns / kGroup, left = columns % kGroup;
-  for (int g = 0; g < whole; ++g) quantize_group(x + g * kGroup, out, g);
-  if (!left) return;
-  float padded[kGroup] = {};
-  std::memcpy(padded, x + whole * kGroup, sizeof(float) * left);
-  quantize_group(padded, out, whole);
+// The column of a row's largest element, of whole eights.
+inline int largest_column(const float* x, int columns) {
+  F8 tops = all(0.0f);
+  I8 at = all(0);
+  for (int i = 0; i + 8 <= columns; i += 8) {
+    const F8 size = magnitude(load<F8>(x + i));
+    at = size > tops ? all(i) : at;
+    tops = larger(size, tops);
+  }
+  int best = 0;
+  for (int lane = 1; lane < 8; ++lane)
+    if (tops[lane] > tops[best]) best = lane;
+  return at[best] + best;
+}
+
+// The row's largest element, if it is more than twice as large as any other of its group.
+inline Outlier find_outlier(const float* x, int columns) {
+  const int column = largest_column(x, columns), first = column / kGroup * kGroup;
+  float next = 0;
+  for (int c = first; c < std::min(columns, first + kGroup); ++c)
+    if (c != column) next = std::max(next, std::fabs(x[c]));
+  return std::fabs(x[column]) > 2 * next ? Outlier{x[column], column} : Outlier{0, -1};
+}
+
+void quantize_row(const float* x, int columns, const QuantizedRow& out, Outlier* outlier) {
+  const Outlier apart = outlier ? find_outlier(x, columns) : Outlier{0, -1};
+  for (int first = 0; first < columns; first += kGroup) {
+    const int count = std::min(kGroup, columns - first), left_out = apart.column - first;
+    const bool here = left_out >= 0 && left_out < kGroup;
+    if (count == kGroup && !here) {
+      quantize_group(x + first, out, first / kGroup);
+      continue;
+    }
+    float held[kGroup] = {};
+    std::memcpy(held, x + first, sizeof(float) * count);
+    if (here) held[left_out] = 0;
+    quantize_group(held, out, first / kGroup);
+  }
+  if (outlier) *outlier = apart;
 }
 
 // Weights without biases and zero points, in groups of 32 columns and more: their products start where 8 counts as 0.
@@ -137,6 +169,8 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
       codes[b] += 32 * Bits;
     }
   }
+  Column<NB> held;
+  add_outliers(w, in, token, M, blocks, held, acc);
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)
       store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);

@@ -60,7 +60,8 @@ inline void decode_tile(const Place& at, const Side& side, const TileRows& it, f
 // Adds to a tile's keys what their centre is to the inner codec: its expansion, transformed as they are.
 inline void add_centre_to_keys(const Place& at, const TileRows& it, float* keys) {
   const Side& key = at.layer.key;
-  const float *cos = at.layer.turn_cos + it.tile * at.layer.turning, *sin = at.layer.turn_sin + it.tile * at.layer.turning;
+  const int64_t turn = it.tile * at.layer.turning;
+  const float *cos = at.layer.turn_cos + turn, *sin = at.layer.turn_sin + turn;
   for (int j = 0; key.centre && j < key.order; ++j) {
     float term[kMaxHeadDim];
     std::memcpy(term, key.centre + (static_cast<int64_t>(at.kv_head) * key.order + j) * at.dim, sizeof(float) * at.dim);
@@ -75,38 +76,13 @@ inline void add_centre_to_keys(const Place& at, const TileRows& it, float* keys)
   }
 }
 
-// x and y become the vectors whose elements alternate between them in runs of `Run`: of eight vectors, three rounds of
-// it, with runs of 4, 2 and 1 and partners as far apart, are a transposition.
-template <int Run>
-inline void swap_runs(F8& x, F8& y) {
-  const F8 a = x, b = y;
-  if constexpr (Run == 4) {
-    x = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
-    y = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-  } else if constexpr (Run == 2) {
-    x = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-    y = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  } else {
-    x = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
-    y = __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
-  }
-}
-
-template <int Run>
-inline void swap_all(F8 (&x)[8]) {
-  for (int i = 0; i < 8; ++i)
-    if (!(i & Run)) swap_runs<Run>(x[i], x[i + Run]);
-}
-
 // The first `count` vectors, a multiple of 8, by elements: out [dim][kTile].
 inline void transpose_tile(const float* x, int dim, int count, float* out) {
   for (int t = 0; t < count; t += 8)
     for (int i = 0; i < dim; i += 8) {
       F8 held[8];
       for (int j = 0; j < 8; ++j) held[j] = load<F8>(x + (t + j) * dim + i);
-      swap_all<4>(held);
-      swap_all<2>(held);
-      swap_all<1>(held);
+      transpose8(held);
       for (int j = 0; j < 8; ++j) store(out + (i + j) * kTile + t, held[j]);
     }
 }
@@ -176,7 +152,8 @@ void attend_tile(const AttentionWork& work, int sequence, int first, int last, i
     float* x = rows.sums + row * at.dim;
     scale_row(x, at.dim, 1.0f / rows.softmax[row].total());
     finish_output(at, x);
-    const int64_t head = static_cast<int64_t>(first + row / rows.shared) * at.shape.heads + kv_head * rows.shared + row % rows.shared;
+    const int64_t token = first + row / rows.shared;
+    const int64_t head = token * at.shape.heads + kv_head * rows.shared + row % rows.shared;
     std::memcpy(work.out + head * at.dim, x, sizeof(float) * at.dim);
   }
 }

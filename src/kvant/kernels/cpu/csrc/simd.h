@@ -174,11 +174,6 @@ inline float from_bfloat(uint16_t bits) {
   return load<float>(&wide);
 }
 
-inline uint16_t to_bfloat(float x) {
-  uint32_t bits = load<uint32_t>(&x);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // exp(x) to 2 units in the last place; 0 below -86, and no more than exp(88). No step of it is subnormal: that is slow.
 inline F8 exponential(F8 x) {
   F8 held = smaller(larger(x, all(-86.0f)), all(88.0f));
@@ -279,8 +274,7 @@ inline B32 broadcast4(const int8_t* p) {
 //
 // Or, of sums that fit 16 bits, `add_scaled` adds their products with scale * other / 2^15, rounded, and a lane holds
 // kUnits sums apart: with two, bytes 0 and 1 of a lane, scales and starts are in the lower 16 bits of one number, bytes
-// 2 and 3 in the upper. What does not fit wraps around. `other` is what
-// `scale_of` made of a number that is not negative.
+// 2 and 3 in the upper. What does not fit wraps around. `other` is what `scale_of` made of a number that is not negative.
 struct Dot {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
   static constexpr int kUnits = 1;

@@ -14,12 +14,13 @@ constexpr int kMaxOrder = 4;     // terms of the centre's expansion
 
 enum WeightKind : int32_t { kWeightF32, kWeightF16, kWeightBF16, kWeightU4, kWeightU8 };
 
-// A matrix [rows, columns], packed by `kvant_pack` for blocks of kRowBlock rows; columns are padded to kGroup.
-// floats: codes [row block][column][8]   U4:     codes [row block][group of 32][4 steps of 8 columns][8 rows][4]:
-// columns 0-3 low, 4-7 high nibbles   U8:     codes [row block][group of 32][8 steps of 4 columns][8 rows][4] scales
-// are float16 [row block][columns / group, rounded up][8]; a group is 16 or 32 * 2^n columns. Biases are float16, zeros
-// 8 bits, both as scales: value = code * scale + bias, or (code - zero) * scale, with a zero of 8 or 128 where there
-// are neither. Stored column c is input order[c], or input c where there is no order.
+// A matrix [rows, columns], packed by `kvant_pack` for blocks of kRowBlock rows; columns are padded to kGroup. Codes:
+//   floats  [row block][column][8]
+//   U4      [row block][group of 32][4 steps of 8 columns][8 rows][4]: columns 0-3 in low nibbles, 4-7 in high ones
+//   U8      [row block][group of 32][8 steps of 4 columns][8 rows][4]
+// Scales are float16 [row block][columns / group, rounded up][8]; a group is 16 or 32 * 2^n columns. Biases are float16,
+// zeros 8 bits, both as scales: value = code * scale + bias, or (code - zero) * scale, with a zero of 8 or 128 where
+// there are neither. Stored column c is input order[c], or input c where there is no order.
 struct Weight {
   int32_t kind, rows, columns, group;
   const void* codes;
@@ -48,7 +49,7 @@ enum VectorKind : int32_t {
 // One side (keys or values) of one layer's cache; the arrays are those of kvant.formats.
 struct Side {
   int32_t kind, groups, shaped, order;
-  void* codes;             // [blocks, kv_heads, block_size, bytes of a vector's codes], blocks `codes_stride` bytes apart
+  void* codes;             // [blocks, kv_heads, block_size, bytes of a vector's codes], blocks `codes_stride` apart
   void* meta;              // [blocks, kv_heads, block_size, ...] float16 or words, blocks `meta_stride` bytes apart
   int64_t codes_stride, meta_stride;
   const float* centre;     // [kv_heads, order, head_dim], or null

@@ -46,7 +46,8 @@ void add_row(const float* x, int count, float* total) {
 }
 
 inline void multiply_row(float* x, const float* factors, int count) {
-  for (int i = 0; i < count; i += 8) store_some(x + i, load_some(x + i, count - i) * load_some(factors + i, count - i), count - i);
+  for (int i = 0; i < count; i += 8)
+    store_some(x + i, load_some(x + i, count - i) * load_some(factors + i, count - i), count - i);
 }
 
 void rope_row(float* x, const float* cos, const float* sin, int pairs) {
