@@ -72,7 +72,7 @@ class Engine:
     def _close(self) -> None:
         self._death = self._death or "the engine is closed"
 
-    @torch.inference_mode()  # here, not for each step: entering and leaving it takes a hundredth of a small model's
+    @torch.inference_mode()  # here, not for each step: of a small model's, entering it and leaving costs 1%
     def _loop(self) -> None:
         try:
             use_device(self._core.device)

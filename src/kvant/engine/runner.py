@@ -95,7 +95,7 @@ class Runner:
         samplers = [sequence for row in plan.rows for sequence in row.samplers]
         tokens = self._draw(plan, batch, samplers) if after is None else None
         if tokens is not None:
-            return Flight(plan, samplers, tokens, _Arriving(tokens, None, None), None)
+            return self._flight(plan, samplers, _Arriving(tokens, None, None))
         logits, not_finite = self._compute(plan, batch, ids, samplers)
         if logits is None:
             return self._flight(plan, [], _Arriving(torch.empty(0, dtype=torch.int64), None, not_finite))
