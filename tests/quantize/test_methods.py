@@ -11,9 +11,7 @@ from hypothesis import given, settings
 
 from kvant.errors import UnsupportedModelError
 from kvant.kernels.reference import ReferenceOps
-from kvant.quantize import descent
 from kvant.quantize.awq import awq_scales, tied
-from kvant.quantize.descent import descend
 from kvant.quantize.gptq import gptq
 from kvant.quantize.grid import Grid, GridSpec
 from kvant.quantize.methods import METHODS
@@ -43,6 +41,24 @@ def test_auto_is_as_good_as_the_best(foldable):
     case = problem(foldable=foldable)
     best = min(error(name, case) for name in ("rtn", "awq", "gptq"))
     assert error("auto", case) <= best * 1.001
+
+
+@pytest.mark.parametrize("foldable", [True, False])
+def test_auto_chooses_by_a_text_that_was_not_seen_and_then_sees_it(foldable):
+    """What is kept apart decides, here by what it says of `others`; the result is the chosen method's own."""
+    part = Moments.of([inputs(100, 128)])
+    seen = []
+
+    def harm(solution):
+        seen.append(solution)
+        return float(solution.method != "gptq")
+
+    case = replace(problem(foldable=foldable), others=part, harm=harm)
+    found, expected = METHODS["auto"](case), METHODS["gptq"](case)
+    held_out = METHODS["gptq"](replace(case, inputs=part, others=None))
+    assert torch.equal(found.weight.codes, expected.weight.codes)
+    assert not torch.equal(found.weight.codes, held_out.weight.codes)
+    assert any(torch.equal(it.weight.codes, held_out.weight.codes) for it in seen)
 
 
 def test_factors_are_of_use_only_where_inputs_can_be_divided():
@@ -173,32 +189,3 @@ def test_smoothquant_takes_outliers_off_the_inputs():
     assert smooth.weight.inputs is not None
     assert output_error(smooth) < 0.6 * output_error(plain)
     assert output_error(smooth) < 0.02
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("group", [32, 128])
-def test_descent_loses_less_than_what_it_begins_with(group, symmetric):
-    spec = GridSpec(4, group, symmetric)
-    w, moments = weight(24, 128), Moments.of([inputs(512, 128)])
-    for start in (Grid.plain(spec, w), Grid.fitted(spec, w, moments.importance)):
-        begun = start.pack(start.codes(w))
-        found = descend(w, begun, moments, spec)
-        assert found.group_size == group
-        losses = [moments.loss(it.dequantize(torch.float32) - w) for it in (begun, found)]
-        assert losses[1] < 0.7 * losses[0]
-    best = gptq(w, moments, spec)
-    assert moments.loss(descend(w, best, moments, spec).dequantize(torch.float32) - w) < moments.loss(
-        best.dequantize(torch.float32) - w
-    )
-
-
-def test_a_column_is_changed_as_if_it_were_the_only_one():
-    """With a diagonal of moments alone, columns do not see each other: descent rounds to nearest."""
-    spec, w = GridSpec(4, 32, False), weight(8, 64)
-    moments = replace(Moments.of([inputs(64, 64)]), second=torch.diag(torch.rand(64) + 0.1))
-    grid = Grid.plain(spec, w)
-    wrong = grid.pack((grid.codes(w) + 1).clamp(max=15))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(descent, "_PASSES", 0)
-        found = descend(w, wrong, moments, spec)
-    assert torch.equal(found.codes, grid.pack(grid.codes(w)).codes)

@@ -53,6 +53,15 @@ def test_dividing_inputs_is_dividing_their_moments():
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
+def test_a_part_can_be_taken_off():
+    texts = [torch.randn(count, 9) for count in (30, 5, 14)]
+    whole, rest = Moments.of(texts), Moments.of(texts[:2])
+    found = whole.without(Moments.of(texts[2:]))
+    torch.testing.assert_close(found.second, rest.second)
+    torch.testing.assert_close(found.magnitude, rest.magnitude)
+    assert (found.count, found.importance.min() > 0) == (35, True)
+
+
 def test_a_loss_is_the_mean_squared_error_of_the_outputs():
     x, error = torch.randn(200, 16), torch.randn(5, 16)
     expected = (x @ error.T).square().sum(1).mean()

@@ -194,12 +194,12 @@ def test_methods_that_compare_keep_some_text_apart(tiny: Path, tmp_path: Path, m
     seen = []
 
     def spy(problem):
-        seen.append(problem.inputs.count)
+        seen.append((problem.inputs.count, problem.held_out.inputs.count))
         return METHODS["rtn"](problem)
 
     monkeypatch.setattr(run, "METHODS", {"auto": spy})
     quantized(tiny, tmp_path / "out", replace(FINE, method="auto", samples=16))
-    assert set(seen) == {15 * 24}
+    assert set(seen) == {(16 * 24, 15 * 24)}
 
 
 def test_whole_rows(tiny: Path, tmp_path: Path) -> None:

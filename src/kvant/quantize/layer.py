@@ -60,7 +60,8 @@ class LayerQuantizer:
         method: for each linear.
         specs: what each linear's codes are like, by its name in `LayerWeights.linears`; one that is not there stays as
             it is.
-        compares: whether the text that solutions are compared on, the last, is kept apart: some fit what they see.
+        compares: whether the method also asks for a problem without the text that solutions are compared on, the last:
+            some fit what they see.
     """
 
     reader: Reader
@@ -117,15 +118,16 @@ class LayerQuantizer:
         inputs: Sequence[Tensor],
         harm: Callable[[Solution], float],
     ) -> Problem:
-        *others, last = inputs
-        seen = [text for text in (*others, last[: -self.reader.length]) if len(text)]
+        moments, trial = Moments.of(inputs), inputs[-1][-self.reader.length :]
+        apart = self.compares and len(trial) < moments.count
         return Problem(
             weight=linear.weight.dequantize(torch.float32),
-            inputs=Moments.of(seen if self.compares and seen else inputs),
+            inputs=moments,
             spec=spec,
             harm=harm,
             settled=None if fold is None else partial(fold.settled, stored),
             ties=None if fold is None else fold.ties,
+            others=moments.without(Moments.of([trial])) if apart else None,
         )
 
     def _report(self, index: int, kind: str, solution: Solution, error: float, fold: Fold | None) -> LinearReport:

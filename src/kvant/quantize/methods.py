@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.quantize.awq import awq_scales
-from kvant.quantize.descent import descend
 from kvant.quantize.gptq import Sweep, gptq
 from kvant.quantize.grid import Grid, GridSpec
 from kvant.quantize.moments import Moments
@@ -29,6 +28,8 @@ class Problem:
         harm: what a solution does to the model, see `Trial.harm`.
         settled: the factors [K] nearest to some that the inputs can be divided by; None where they cannot be divided.
         ties: [K] int64, inputs of one number have one factor; None where all may differ.
+        others: the inputs on all of the calibration text but that which `harm` is measured on; None where there is
+            no other, or nobody asks.
     """
 
     weight: Tensor
@@ -37,6 +38,12 @@ class Problem:
     harm: Callable[[Solution], float]
     settled: Callable[[Tensor], Tensor] | None = None
     ties: Tensor | None = None
+    others: Moments | None = None
+
+    @property
+    def held_out(self) -> Problem:
+        """The same for who may not see the text that `harm` is measured on."""
+        return self if self.others is None else replace(self, inputs=self.others, others=None)
 
     def scaled(self, scale: Tensor) -> Problem:
         """The same with the inputs divided by factors [K], and the weight multiplied."""
@@ -46,6 +53,7 @@ class Problem:
             inputs=self.inputs.divided(scale),
             harm=lambda solution: self.harm(replace(solution, scale=scale)),
             settled=None,
+            others=None,
         )
 
     def least_harmful(self, contenders: Iterable[Solution]) -> Solution:
@@ -127,15 +135,11 @@ def _awq(problem: Problem) -> Solution:
     return replace(problem.least_harmful(contenders), method="awq")
 
 
-def _gptq_descent(problem: Problem) -> Solution:
-    begun = _gptq(problem)
-    weight = descend(problem.weight, begun.weight, problem.inputs, problem.spec)
-    return Solution("gptq+descent", weight)
-
-
 def _auto(problem: Problem) -> Solution:
-    """GPTQ and descent, or AWQ: the one that does less harm to text that it has not seen."""
-    return problem.least_harmful((_gptq_descent(problem), _awq(problem)))
+    """GPTQ or AWQ: the one that does less harm to a text that it has not seen. Then it sees that, too."""
+    tried = {method: method(problem.held_out) for method in (_gptq, _awq)}
+    chosen = min(tried, key=lambda method: problem.harm(tried[method]))
+    return tried[chosen] if problem.others is None else chosen(problem)
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,15 @@ class Moments:
         """Of the inputs divided by a positive factor each, [K]."""
         second = self.second / scale.unsqueeze(1) / scale
         return Moments(second, self.magnitude / scale, self.largest / scale, self.sample / scale, self.count)
+
+    def without(self, part: Moments) -> Moments:
+        """Of the inputs that are not those of a part; what is largest, and the sample, stay as they are."""
+        count = self.count - part.count
+        rest, less = self.count / count, part.count / count
+        second = (self.second * rest).sub_(part.second, alpha=less)
+        second.diagonal().clamp_(min=0)
+        magnitude = (self.magnitude * rest - part.magnitude * less).clamp_(min=0)
+        return replace(self, second=second, magnitude=magnitude, count=count)
 
     def loss(self, error: Tensor) -> float:
         """The mean squared error of the outputs, summed over them, that errors [N, K] of the weight make."""
