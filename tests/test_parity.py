@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, wraps
-from itertools import pairwise
+from functools import wraps
 from typing import Any
 
 import hypothesis.strategies as st
@@ -15,18 +14,16 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from kvant.formats.kv import KV_FORMATS, KVLayer, LayerPlan
-from kvant.formats.kv_codecs import ShapedCodec, hadamard
+from kvant.formats.kv import KV_FORMATS
 from kvant.formats.weight import InputCodes, PackedWeight
 from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.ops import AttentionShape, Ops, SamplingBatch
-from kvant.kernels.select import available_backends, select_ops
+from kvant.kernels.select import available_backends
 from kvant.quantize.rtn import rtn
 from tests.formats.oracle import HALF_LIMIT, assert_encodes
-from tests.formats.stats import layer_plan_of
 from tests.kernels import oracle
-from tests.kernels.scenes import Scene, scene, step_kv, step_planes, step_slots
-from tests.kernels.tolerances import IN_AN_ELEMENT, ON_THE_WHOLE, code_bits, rounded_bits
+from tests.kernels.scenes import Scene, attended, random, scene_of, step_kv, step_planes, step_slots
+from tests.kernels.tolerances import IN_AN_ELEMENT, rounded_bits
 
 SOME = settings(max_examples=25)
 FEW = 10
@@ -67,10 +64,6 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 def attending(request: pytest.FixtureRequest) -> Ops:
     """Of the backends, whose attention is tested; what is interpreted is slow, and has tests of its own."""
     return available_backends()[request.param]()
-
-
-def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_close(found: Tensor, expected, dtype: torch.dtype, scale: float = 1.0, coarse: float = 0.0) -> None:
@@ -265,13 +258,6 @@ def test_gated(ops, activation, rows, width, dtype, seed):
     assert_close(ops.gated(x, activation), oracle.gated(x.double().numpy(), activation), dtype, scale=3)
 
 
-def scene_of(name: str, kv_heads: int, dim: int, block_size: int, lengths: list[tuple[int, int]], seed: int) -> Scene:
-    """A scene in a format with made-up constants; blocks are large enough for its sinks."""
-    layer: LayerPlan = layer_plan_of(KV_FORMATS[name], kv_heads, dim, seed % 3)
-    sink_slots = layer.format.lead + layer.format.sinks
-    return scene(layer, kv_heads, dim, max(block_size, sink_slots), lengths, seed)
-
-
 LENGTHS = st.lists(
     st.tuples(st.sampled_from((0, 0, 1, 7, 8, 15, 16, 17, 60, 127, 130)), st.sampled_from((1, 1, 1, 2, 8, 9, 16, 33))),
     min_size=1,
@@ -288,7 +274,7 @@ LENGTHS = st.lists(
     dtype=DTYPES, seed=SEEDS,
 )  # fmt: skip
 def test_attention(attending, name, lengths, kv_heads, ratio, dim, block_size, window, softcap, dtype, seed):
-    it = scene_of(name, kv_heads, dim, block_size, lengths, seed)
+    it = scene_of(KV_FORMATS[name], kv_heads, dim, block_size, lengths, seed)
     shape = AttentionShape(kv_heads * ratio, kv_heads, dim, 1.3 / dim**0.5, window, softcap)
     q = random(seed + 1, it.tokens, shape.num_heads, dim, dtype=dtype)
     before = {name: plane.clone() for name, plane in it.cache.planes.items()}
@@ -300,66 +286,6 @@ def test_attention(attending, name, lengths, kv_heads, ratio, dim, block_size, w
     assert all(torch.equal(plane, it.cache.planes[name]) for name, plane in before.items()), "attention wrote"
 
 
-def attended(it: Scene, q: Tensor, shape: AttentionShape) -> Tensor:
-    """What the scene's attention gives, [T, H, D] float64."""
-    rows = []
-    for sequence, (start, stop) in enumerate(pairwise(it.batch.query_starts)):
-        keys, values = it.keys[sequence].double().numpy(), it.values[sequence].double().numpy()
-        for token in range(start, stop):
-            position = int(it.batch.positions[token])
-            rows.append(torch.tensor(oracle.attend(q[token].double().numpy(), keys, values, position, shape)))
-    return torch.stack(rows)
-
-
-# Contexts of one tile and of many, cut where units of work may be cut.
-LONG = [(17, 1), (511, 1), (512, 1), (1023, 2), (700, 20), (1300, 1)]
-
-
-@cache
-def long_contexts(name: str, dim: int, window: int | None, held: bool) -> tuple[Scene, Tensor, AttentionShape, Tensor]:
-    """A scene of long contexts, queries, and what they get; with `held`, 8 bits hold the queries."""
-    it = scene_of(name, 2, dim, 32, LONG, seed=1)
-    shape = AttentionShape(4, 2, dim, 0.125, window)
-    q = held_in_8_bits(it.cache, random(2, it.tokens, 4, dim)) if held else random(2, it.tokens, 4, dim)
-    return it, q, shape, attended(it, q, shape)
-
-
-def held_in_8_bits(cache: KVLayer, q: Tensor) -> Tensor:
-    """Queries that are integers of up to 127, times a power of two, where they meet the cache's codes."""
-    codes = (40 * q).round().clamp(-127, 127)
-    codes[..., ::16] = 127  # so there is one in each group of the codes
-    met = codes * 2.0 ** -torch.arange(5.0, 5 + q.shape[1]).unsqueeze(1)
-    codec, balance = cache.format.key, cache.plan.key_stats.balance
-    if not isinstance(codec, ShapedCodec):
-        return met
-    assert balance is not None
-    return hadamard(met) * balance.repeat_interleave(q.shape[1] // len(balance), dim=0)
-
-
-@pytest.mark.parametrize("name", KV_FORMATS)
-@pytest.mark.parametrize(("dim", "window"), [(64, None), (64, 100), (128, 600)])
-def test_attention_is_close_on_the_whole(attending, name, dim, window):
-    it, q, shape, expected = long_contexts(name, dim, window, held=False)
-    error = attending.attention(q, it.cache, it.batch, shape) - expected
-    assert error.norm() <= ON_THE_WHOLE[rounded_bits(attending, it.cache.format)] * expected.norm()
-
-
-@pytest.mark.parametrize("name", ["fp16", "int8", "int4"])
-def test_the_parts_of_a_long_context_may_be_different_threads(name):
-    it, q, shape, _ = long_contexts(name, 64, None, held=False)
-    one, three = (select_ops("cpu", threads=threads).attention(q, it.cache, it.batch, shape) for threads in (1, 3))
-    assert torch.equal(one, three)
-
-
-@pytest.mark.parametrize("name", [name for name, fmt in KV_FORMATS.items() if code_bits(fmt.key) == 4])
-@pytest.mark.parametrize("dim", [64, 128])
-def test_attention_to_4_bit_keys_is_finer_where_8_bits_hold_the_queries(attending, name, dim):
-    """What else could be wrong has no rounding of queries to hide behind."""
-    it, q, shape, expected = long_contexts(name, dim, None, held=True)
-    error = attending.attention(q, it.cache, it.batch, shape) - expected
-    assert error.norm() <= ON_THE_WHOLE[8] * expected.norm()
-
-
 @pytest.mark.parametrize("name", KV_FORMATS)
 @SOME
 @given(
@@ -368,7 +294,7 @@ def test_attention_to_4_bit_keys_is_finer_where_8_bits_hold_the_queries(attendin
 )  # fmt: skip
 @few_interpreted
 def test_rope_write_kv(ops, name, lengths, kv_heads, ratio, dim, block_size, rotated, dtype, seed):
-    it = scene_of(name, kv_heads, dim, block_size, lengths, seed)
+    it = scene_of(KV_FORMATS[name], kv_heads, dim, block_size, lengths, seed)
     q, k, v = (
         random(seed + i, it.tokens, h, dim, dtype=dtype) for i, h in enumerate((kv_heads * ratio, kv_heads, kv_heads))
     )

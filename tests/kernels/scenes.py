@@ -10,9 +10,15 @@ from torch import Tensor
 
 from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
-from kvant.formats.kv import SINK_SPAN, KVLayer, KVPlan, KVShape, LayerPlan
+from kvant.formats.kv import SINK_SPAN, KVFormat, KVLayer, KVPlan, KVShape, LayerPlan
 from kvant.formats.kv_codecs import Planes
-from kvant.kernels.ops import AttentionBatch
+from kvant.kernels.ops import AttentionBatch, AttentionShape
+from tests.formats.stats import layer_plan_of
+from tests.kernels import oracle
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -102,3 +108,23 @@ def step_slots(it: Scene) -> Tensor:
     slots, positions, sinks = it.batch.slots, it.batch.positions, it.cache.format.sinks
     first = (slots - it.cache.lead - positions + SINK_SPAN * positions)[positions < sinks]
     return torch.cat([slots[positions >= sinks], (first.unsqueeze(1) + torch.arange(SINK_SPAN)).flatten()])
+
+
+def scene_of(
+    fmt: KVFormat, kv_heads: int, dim: int, block_size: int, lengths: list[tuple[int, int]], seed: int
+) -> Scene:
+    """A scene in a format with made-up constants; blocks are large enough for its sinks."""
+    layer: LayerPlan = layer_plan_of(fmt, kv_heads, dim, seed % 3)
+    sink_slots = layer.format.lead + layer.format.sinks
+    return scene(layer, kv_heads, dim, max(block_size, sink_slots), lengths, seed)
+
+
+def attended(it: Scene, q: Tensor, shape: AttentionShape) -> Tensor:
+    """What the scene's attention gives, [T, H, D] float64."""
+    rows = []
+    for sequence, (start, stop) in enumerate(pairwise(it.batch.query_starts)):
+        keys, values = it.keys[sequence].double().numpy(), it.values[sequence].double().numpy()
+        for token in range(start, stop):
+            position = int(it.batch.positions[token])
+            rows.append(torch.tensor(oracle.attend(q[token].double().numpy(), keys, values, position, shape)))
+    return torch.stack(rows)

@@ -53,13 +53,12 @@ struct CentreQuery {
     const int half = at.layer.turning;
     for (int j = 0; j < key.order; ++j) {
       const float* c = key.centre + (static_cast<int64_t>(at.kv_head) * key.order + j) * at.dim;
-      for (int i = 0; i < half; i += 8) {
-        const int left = half - i;
+      for_eights(half, [&](int i, int left) {
         const F8 a = load_some(raw + i, left), b = load_some(raw + half + i, left);
         const F8 x = load_some(c + i, left), y = load_some(c + half + i, left);
         store(cosine[j] + i, a * x + b * y);
         store(sine[j] + i, b * x - a * y);
-      }
+      });
       still[j] = 0;
       for (int i = 2 * half; i < at.dim; ++i) still[j] += raw[i] * c[i];
     }
@@ -71,11 +70,11 @@ struct CentreQuery {
     const int half = layer.turning;
     const float *cos = layer.turn_cos + tile * half, *sin = layer.turn_sin + tile * half;
     F8 terms[kMaxOrder] = {}, others[kMaxOrder] = {};
-    for (int i = 0; i < half; i += 8) {
-      const F8 c = load_some(cos + i, half - i), s = load_some(sin + i, half - i);
+    for_eights(half, [&](int i, int left) {
+      const F8 c = load_some(cos + i, left), s = load_some(sin + i, left);
       for (int j = 0; j < Order; ++j) terms[j] += c * load<F8>(cosine[j] + i);
       for (int j = 0; j < Order; ++j) others[j] += s * load<F8>(sine[j] + i);
-    }
+    });
     for (int j = 0; j < Order; ++j) terms[j] += others[j];
     sums4(terms, weights);
     for (int j = 0; j < Order; ++j) weights[j] += still[j];

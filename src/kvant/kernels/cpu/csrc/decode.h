@@ -142,13 +142,12 @@ struct Mixed {
       return;
     }
     const bool four_bits = is_4bit(at.layer.value.kind);
-    const int size = at.dim / groups_of(at.layer.value), apart = paired_dim(four_bits, 0, 1);
-    float group_shifts[kMaxGroups];
-    for (int g = 0; g < kMaxGroups; ++g) group_shifts[g] = sum(shifts[h][g]);
-    for (int i = 0; i < at.dim; i += 4) {  // a half of a vector has one group
-      const int first = paired_dim(four_bits, i / 8, i % 8);
-      const float shift = group_shifts[first / size];
-      for (int lane = 0; lane < 4; ++lane) out[first + lane * apart] = sums[h][i + lane] - shift;
+    const int size = at.dim / groups_of(at.layer.value);
+    for (int d = 0; d < at.dim; d += 32) {
+      F8 x[4];
+      unpaired(four_bits, sums[h] + d, x);
+      const float shift[2] = {sum(shifts[h][d / size]), sum(shifts[h][(d + 16) / size])};
+      for (int i = 0; i < 4; ++i) store(out + d + 8 * i, x[i] - all(shift[i / 2]));
     }
   }
 
@@ -177,11 +176,12 @@ struct Mixed {
   void add_codes(const Place& at, const Span& it, const Run& run, int heads, Scores& scores, Ahead next) {
     const Side& value = at.layer.value;
     const Steps steps(value, at.kv_head, run, it.from, it.to);
+    const bool narrow = has_narrow_weights(value, at.dim);
     alignas(32) Weights weights[kMaxShared];
     float units[kMaxShared];
     with_count<kMaxGroups>(groups_of(value), [&](auto groups) {
       with_tile(run.end - run.begin, [&](auto count) {
-        round_weights<groups()>(scores, steps, run.begin, count, heads, weights, units);
+        round_weights<groups()>(scores, steps, run.begin, count, heads, narrow, weights, units);
       });
     });
     switch (codes_of(value.kind)) {
@@ -204,7 +204,10 @@ struct Mixed {
       }
       for_heads<kMixHeads>(heads, [&](auto n, int h) {
         with_tile(tokens, [&](auto count) {
-          mix_rows<n(), Kind>(rows, at.dim, count, weights[h][g], kMaxGroups * kTile, units + h, sums[h] + d, next);
+          if constexpr (Kind == kCodes4)
+            mix_narrow<n()>(rows, at.dim / 2, count, weights[h][g], kMaxGroups * kTile, units + h, sums[h] + d, next);
+          else
+            mix_rows<n(), Kind>(rows, at.dim, count, weights[h][g], kMaxGroups * kTile, units + h, sums[h] + d, next);
         });
       });
     }
@@ -213,15 +216,22 @@ struct Mixed {
   // Softmax weights times the codes' scales, rounded to multiples of the heads' units; what they make of the shifts is
   // added up at once.
   template <int Groups, class Count>
-  void round_weights(Scores& scores, const Steps& steps, int first, Count count, int heads, Weights* rounded,
-                     float* units) {
+  void round_weights(Scores& scores, const Steps& steps, int first, Count count, int heads, bool narrow,
+                     Weights* rounded, float* units) {
     alignas(32) float scaled[kMaxShared][Groups][kTile];
+    const float most = narrow ? kTopNarrow : kTopWide;
     for (int h = 0; h < heads; ++h)
-      units[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, h, scaled[h]) / kTopWeight;
+      units[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, h, scaled[h]) / most;
     for (int h = 0; h < heads; ++h) {
       const F8 inverse = all(units[h] > 0 ? 1.0f / units[h] : 0.0f);
-      for (int g = 0; g < Groups; ++g)
-        for (int t = 0; t < count; t += 8) store_words(rounded[h][g] + t, to_int(load<F8>(scaled[h][g] + t) * inverse));
+      for (int g = 0; g < Groups; ++g) {
+        const float* x = scaled[h][g];
+        int16_t* out = rounded[h][g];
+        if (narrow)
+          for (int t = 0; t < count; t += 8) store_narrow(out + t, load<F8>(x + t), inverse, t);
+        else
+          for (int t = 0; t < count; t += 8) store_words(out + t, to_int(load<F8>(x + t) * inverse));
+      }
     }
   }
 

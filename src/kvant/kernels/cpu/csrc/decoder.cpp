@@ -8,6 +8,7 @@ namespace kvant {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
+constexpr int64_t kLanes = 8;          // behind a quantized row's numbers so many are read, and not used
 constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
 constexpr int kSplitsAtOnce = 2;       // of a context, in one unit of work for several threads
 constexpr int64_t kHeadsWritten = 4;   // side by side where there is one token
@@ -19,11 +20,17 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
+// Calls body(first, last) for all rows, `at_once` a unit.
+template <class Body>
+void Step::row_units(int64_t count, int64_t at_once, Body body) {
+  turn_.run(ceil_div(count, at_once),
+            [&](int64_t unit) { body(unit * at_once, std::min(count, (unit + 1) * at_once)); });
+}
+
 template <class Body>
 void Step::rows(int64_t count, Body body) {
-  turn_.run(ceil_div(count, kRowsAtOnce), [&](int64_t unit) {
-    const int64_t stop = std::min(count, (unit + 1) * kRowsAtOnce);
-    for (int64_t row = unit * kRowsAtOnce; row < stop; ++row) body(row);
+  row_units(count, kRowsAtOnce, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) body(row);
   });
 }
 
@@ -34,8 +41,9 @@ Input Step::room(const Weight& weight, const float* x, int64_t tokens) {
   const int64_t groups = tokens * padded / kGroup;
   Arena& arena = turn_.arena();
   Input in = {x,
-              {arena.take<int8_t>(tokens * padded), arena.take<float>(groups), arena.take<float>(groups),
-               arena.take<int32_t>(groups), arena.take<int32_t>(2 * groups), tokens},
+              {arena.take<int8_t>(tokens * padded + kGroup), arena.take<float>(groups + kLanes),
+               arena.take<float>(groups), arena.take<int32_t>(groups), arena.take<int32_t>(2 * groups + kLanes),
+               tokens},
               padded,
               {},
               nullptr};
@@ -53,7 +61,7 @@ Input Step::inputs(const Weight& weight, const float* x, int64_t tokens, Make ma
   Input in = room(weight, x, tokens);
   in.outliers = turn_.arena().take<Outlier>(tokens);
   float* ordered = weight.order ? turn_.arena().take<float>(tokens * weight.columns) : nullptr;
-  rows(tokens, [&](int64_t t) {
+  const auto quantize = [&](int64_t t) {
     make(t);
     const float* row = x + t * weight.columns;
     if (ordered) {
@@ -61,9 +69,12 @@ Input Step::inputs(const Weight& weight, const float* x, int64_t tokens, Make ma
       for (int c = 0; c < weight.columns; ++c) to[c] = row[weight.order[c]];
       row = to;
     }
-    if (weight.kind <= kWeightBF16) return;
-    k_.quantize_row(row, weight.columns, in.row(t), in.outliers + t);
-    if (in.panels.tiles) k_.panel_row(weight, in, static_cast<int>(t));
+    if (weight.kind > kWeightBF16) k_.quantize_row(row, weight.columns, in.row(t), in.outliers + t);
+  };
+  const int64_t at_once = in.panels.tiles ? in.panels.height : kRowsAtOnce;
+  row_units(tokens, at_once, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) quantize(t);
+    if (in.panels.tiles) k_.panel_tile_rows(weight, in, static_cast<int>(first), static_cast<int>(last));
   });
   return in;
 }
@@ -132,7 +143,10 @@ Input Step::gated_inputs(const Model& model, const Layer& layer, const Input& in
         k_.quantize_row(to, static_cast<int>(count), out.row(t).group(column / kGroup), nullptr);
       }
   });
-  if (out.panels.tiles) rows(tokens, [&](int64_t t) { k_.panel_row(down, out, static_cast<int>(t)); });
+  if (out.panels.tiles)
+    row_units(tokens, out.panels.height, [&](int64_t first, int64_t last) {
+      k_.panel_tile_rows(down, out, static_cast<int>(first), static_cast<int>(last));
+    });
   return out;
 }
 

@@ -30,6 +30,8 @@ class Step {
     int sequence, first, last, kv_head, split, last_split;
   };
   template <class Body>
+  void row_units(int64_t count, int64_t at_once, Body body);
+  template <class Body>
   void rows(int64_t count, Body body);
   Input room(const Weight& weight, const float* x, int64_t tokens);
   template <class Make>

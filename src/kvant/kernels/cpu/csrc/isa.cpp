@@ -15,9 +15,9 @@ namespace kvant {
 const Kernels& KVANT_JOIN(KVANT_ISA, _kernels)() {
   using namespace KVANT_ISA;
   static const Kernels kernels = {
-      KVANT_TEXT(KVANT_ISA), quantize_row, panel_height, panel_row,        linear_streams, linear_part,
-      weight_row,            rms_norm_row, add_row,      rope_row,         gated_row,      softcap_row,
-      scale_row,             argmax_row,   exponentials_row, write_vectors, attend_splits, attend_merge,
+      KVANT_TEXT(KVANT_ISA), quantize_row,  panel_height,     panel_tile_rows, linear_streams, linear_part,
+      weight_row,            rms_norm_row,  add_row,          rope_row,        gated_row,      softcap_row,
+      scale_row,             argmax_row,    exponentials_row, write_vectors,   attend_splits,  attend_merge,
       attend_tile,           reach_limit,
   };
   return kernels;

@@ -83,7 +83,7 @@ struct Kernels {
   const char* name;
   void (*quantize_row)(const float* x, int columns, const QuantizedRow& out, Outlier* outlier);
   int (*panel_height)(int64_t tokens);  // of the tiles that so many tokens make, 0 where they do not go by panels
-  void (*panel_row)(const Weight&, const Input&, int token);
+  void (*panel_tile_rows)(const Weight&, const Input&, int first, int last);
   int (*linear_streams)(const Weight&, int64_t tokens);
   void (*linear_part)(const Linear&, const Input&, const Streams&, int first, int last, int begin, int end, float* out);
   void (*weight_row)(const Weight&, int row, float* out);

@@ -14,69 +14,76 @@ constexpr int kTileBlocks = 2;  // 16 registers
 #endif
 constexpr int kStreams = 4;  // of row blocks, where one token waits for memory more than it computes
 
-inline void quantize_group(const float* x, const QuantizedRow& out, int group) {
-  F8 held[4], top = all(0.0f), poison = all(0.0f);
+// Returns the largest magnitude; what is not finite is larger than all else.
+inline float quantize_group(const float* x, const QuantizedRow& out, int group) {
+  F8 held[4];
+  I8 top = all(0);
   for (int i = 0; i < 4; ++i) {
     held[i] = load<F8>(x + 8 * i);
-    top = larger(top, magnitude(held[i]));
-    poison += held[i] - held[i];  // 0, or NaN where the input is not finite: a maximum may hide that
+    top = larger(top, magnitude_bits(held[i]));
   }
-  const float step = largest(top) / 127.0f + sum(poison);
-  const F8 inverse = all(step > 0 ? 1.0f / step : 0.0f);
+  const int32_t bits = largest(top);
+  const float size = load<float>(&bits), step = size / 127.0f + (size - size);  // NaN where it is not finite
   if (!(step >= 0))
     for (F8& x8 : held) x8 = all(0.0f);  // a number that is not finite has no code: the scale alone tells
-  const int64_t at = group * out.stride;
+  const F8 inverse = all(step > 0 ? 1.0f / step : 0.0f);
+  I8 codes[4];
+  for (int i = 0; i < 4; ++i) codes[i] = to_int(held[i] * inverse);
+  const B32 bytes = bytes_of(codes);
+  store(out.codes + group * kGroup, bytes);
   int32_t sums[2];
-  for (int half = 0; half < 2; ++half) {
-    const I8 first = to_int(held[2 * half] * inverse), second = to_int(held[2 * half + 1] * inverse);
-    store_bytes(out.codes + group * kGroup + 16 * half, first);
-    store_bytes(out.codes + group * kGroup + 16 * half + 8, second);
-    sums[half] = out.half_sums[2 * at + half * out.stride] = sum(first + second);
-  }
+  half_sums(bytes, sums);
+  const int64_t at = group * out.stride;
+  out.half_sums[2 * at] = sums[0];
+  out.half_sums[2 * at + out.stride] = sums[1];
   out.scales[at] = step;
   out.weighted[at] = step * static_cast<float>(sums[0] + sums[1]);
   out.starts[at] = Dot::start_of(-8 * (sums[0] + sums[1]));
+  return size;
 }
 
-// The column of a row's largest element, of whole eights.
-inline int largest_column(const float* x, int columns) {
-  F8 tops = all(0.0f);
-  I8 at = all(0);
-  for (int i = 0; i + 8 <= columns; i += 8) {
-    const F8 size = magnitude(load<F8>(x + i));
-    at = size > tops ? all(i) : at;
-    tops = larger(size, tops);
-  }
-  int best = 0;
-  for (int lane = 1; lane < 8; ++lane)
-    if (tops[lane] > tops[best]) best = lane;
-  return at[best] + best;
+// A row's group, which may be its last and shorter, but for the column `left_out` of it, if that is not negative.
+inline float quantize_columns(const float* x, int columns, const QuantizedRow& out, int group, int left_out) {
+  const int first = group * kGroup, count = std::min(kGroup, columns - first);
+  if (count == kGroup && left_out < 0) return quantize_group(x + first, out, group);
+  float held[kGroup] = {};
+  std::memcpy(held, x + first, sizeof(float) * count);
+  if (left_out >= 0) held[left_out] = 0;
+  return quantize_group(held, out, group);
 }
 
-// The row's largest element, if it is more than twice as large as any other of its group.
-inline Outlier find_outlier(const float* x, int columns) {
-  const int column = largest_column(x, columns), first = column / kGroup * kGroup;
-  float next = 0;
-  for (int c = first; c < std::min(columns, first + kGroup); ++c)
-    if (c != column) next = std::max(next, std::fabs(x[c]));
-  return std::fabs(x[column]) > 2 * next ? Outlier{x[column], column} : Outlier{0, -1};
+// The largest of up to 32 elements, if it is more than twice as large as any other.
+inline Outlier find_outlier(const float* x, int count) {
+  F8 tops = all(0.0f), nexts = all(0.0f);
+  for_eights(count, [&](int i, int left) {
+    const F8 size = magnitude(load_some(x + i, left));
+    nexts = larger(nexts, smaller(tops, size));
+    tops = larger(tops, size);
+  });
+  const float top = largest(tops);
+  const I8 at_top = tops == all(top);
+  const float next = largest(larger(nexts, at_top ? all(0.0f) : tops));
+  if (sum(at_top) == -1)  // one lane has it
+    for (int i = 0; i < count && top > 2 * next; ++i)
+      if (std::fabs(x[i]) == top) return {x[i], i};
+  return {0, -1};
 }
 
+// Into codes of 8 bits. With `outlier`, the largest element of the group that has the row's largest is left out where
+// it stands out.
 void quantize_row(const float* x, int columns, const QuantizedRow& out, Outlier* outlier) {
-  const Outlier apart = outlier ? find_outlier(x, columns) : Outlier{0, -1};
-  for (int first = 0; first < columns; first += kGroup) {
-    const int count = std::min(kGroup, columns - first), left_out = apart.column - first;
-    const bool here = left_out >= 0 && left_out < kGroup;
-    if (count == kGroup && !here) {
-      quantize_group(x + first, out, first / kGroup);
-      continue;
-    }
-    float held[kGroup] = {};
-    std::memcpy(held, x + first, sizeof(float) * count);
-    if (here) held[left_out] = 0;
-    quantize_group(held, out, first / kGroup);
+  float top = 0;
+  int widest = 0;
+  for (int group = 0; group * kGroup < columns; ++group) {
+    const float size = quantize_columns(x, columns, out, group, -1);
+    if (size > top) top = size, widest = group;
   }
-  if (outlier) *outlier = apart;
+  if (!outlier) return;
+  const int first = widest * kGroup;
+  *outlier = find_outlier(x + first, std::min(kGroup, columns - first));
+  if (outlier->column < 0) return;
+  quantize_columns(x, columns, out, widest, outlier->column);
+  outlier->column += first;
 }
 
 // Weights without biases and zero points, in groups of 32 columns and more: their products start where 8 counts as 0.

@@ -105,73 +105,92 @@ int panel_height(int64_t tokens) {
   return static_cast<int>((tokens + tiles - 1) / tiles);
 }
 
-inline float unit_scale(const QuantizedRow& row, const Cut& cut, int u) {
-  return row.scales[u * cut.unit / kGroup * row.stride];
+// Of up to eight tokens from the row's on, which are lanes: a unit's scales, and the sums of its codes.
+inline F8 unit_scales(const QuantizedRow& row, const Cut& cut, int u) {
+  return load<F8>(row.scales + u * cut.unit / kGroup * row.stride);
 }
 
-inline int32_t unit_sum(const QuantizedRow& row, const Cut& cut, int u) {
-  if (cut.unit < kGroup) return row.half_sums[u * row.stride];
-  return row.half_sums[2 * u * row.stride] + row.half_sums[(2 * u + 1) * row.stride];
+inline I8 unit_sums(const QuantizedRow& row, const Cut& cut, int u) {
+  if (cut.unit < kGroup) return load<I8>(row.half_sums + u * row.stride);
+  return load<I8>(row.half_sums + 2 * u * row.stride) + load<I8>(row.half_sums + (2 * u + 1) * row.stride);
 }
 
-// The units of a round in one number, as a lane of `Dot` has them.
-inline int32_t lane_of(const int32_t (&x)[2]) {
-  return kUnits == 1 ? x[0] : static_cast<int32_t>((x[0] & 0xffff) | static_cast<uint32_t>(x[1]) << 16);
-}
+// The units of a round in one number a token, as a lane of `Dot` has them.
+inline I8 lanes_of(const I8 (&x)[2]) { return kUnits == 1 ? x[0] : (x[0] & 0xffff) | x[1] << 16; }
 
-// Scales and starts of a quantized row for one part, units [begin, end); returns what a scale of 1 stands for. `out` is
-// the token's first number.
-inline float panel_scales(const QuantizedRow& row, const Cut& cut, int begin, int end, int height, int32_t* out) {
-  float top = 0, total = 0;
+// Scales and starts of a tile's tokens, which are lanes, for the units [begin, end) of one part; returns what a scale
+// of 1 stands for.
+template <int Height>
+inline F8 panel_scales(const QuantizedRow& row, const Cut& cut, int begin, int end, int32_t* out) {
+  F8 top = all(0.0f), total = all(0.0f);
   for (int u = begin; u < end; ++u) {
-    const float scale = unit_scale(row, cut, u);
-    top = std::max(top, scale);
-    total += scale;  // NaN where one is
+    top = larger(top, unit_scales(row, cut, u));
+    total += unit_scales(row, cut, u);  // NaN where one is
   }
-  total *= cut.unit / static_cast<float>(kGroup);
-  const float step = std::max(total / kScaleSum, top / kScaleTop);
-  const float inverse = step > 0 && total >= 0 ? 1.0f / step : 0.0f;
-  for (int u = begin; u < end; u += kUnits, out += cut.numbers() * height) {
-    int32_t scales[2] = {}, starts[2] = {};
+  total *= all(cut.unit / static_cast<float>(kGroup));
+  const F8 step = larger(total * all(1 / kScaleSum), top * all(1 / kScaleTop));
+  const F8 inverse = step > all(0.0f) ? all(1.0f) / step : all(0.0f);
+  for (int u = begin; u < end; u += kUnits, out += cut.numbers() * Height) {
+    I8 scales[2] = {}, starts[2] = {};
     for (int i = 0; i < kUnits && u + i < end; ++i) {
-      if (inverse > 0) scales[i] = static_cast<int32_t>(unit_scale(row, cut, u + i) * inverse + 0.5f);
-      starts[i] = -8 * unit_sum(row, cut, u + i);
+      scales[i] = to_int(unit_scales(row, cut, u + i) * inverse);
+      starts[i] = unit_sums(row, cut, u + i) * -8;
     }
-    out[0] = lane_of(starts);
-    out[(cut.steps() + 1) * height] = Dot::scale_of(lane_of(scales));
+    const I8 start = lanes_of(starts), scale = Dot::scale_of(lanes_of(scales));
+    std::memcpy(out, &start, sizeof(int32_t) * Height);
+    std::memcpy(out + (cut.steps() + 1) * Height, &scale, sizeof(int32_t) * Height);
   }
-  return total >= 0 ? step : total;
+  return total >= all(0.0f) ? step : total;
 }
 
-// A round's codes, four columns a number: with two units, two columns of each. `second` may be null, for zeros.
-inline void panel_codes(const int8_t* first, const int8_t* second, int unit, int height, int32_t* out) {
-  if (kUnits == 1) {
-    for (int i = 0; i < unit; i += 4, out += height) *out = load<int32_t>(first + i);
-    return;
-  }
-  for (int i = 0; i < unit; i += 4, out += 2 * height) {
-    const uint32_t a = load<uint32_t>(first + i), b = second ? load<uint32_t>(second + i) : 0;
-    out[0] = static_cast<int32_t>((a & 0xffff) | b << 16);
-    out[height] = static_cast<int32_t>(a >> 16 | (b & 0xffff0000));
+typedef int16_t W8 __attribute__((vector_size(16)));
+
+// Eight numbers of a token, four columns each: with two units, two columns of each; of the second, which may be null,
+// zeros.
+inline I8 panel_numbers(const int8_t* first, const int8_t* second) {
+  if constexpr (kUnits == 1) return load<I8>(first);
+  const W8 a = load<W8>(first), b = second ? load<W8>(second) : W8{};
+  return as<I8>(__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+}
+
+// A round's codes of a tile's tokens, `padded` apart, step by step; `out` has room for two numbers more.
+template <int Height>
+inline void panel_codes(const int8_t* first, const int8_t* second, int padded, int tokens, const Cut& cut,
+                        int32_t* out) {
+  for (int at = 0; at < cut.steps(); at += 8) {
+    const int columns = at * 4 / kUnits;
+    F8 numbers[8] = {};
+    for (int m = 0; m < Height; ++m) {
+      const int64_t from = int64_t{std::min(m, tokens - 1)} * padded + columns;
+      numbers[m] = as<F8>(panel_numbers(first + from, second ? second + from : nullptr));
+    }
+    transpose8(numbers);
+    for (int i = 0; i < std::min(8, cut.steps() - at); ++i) store(out + (at + i) * Height, numbers[i]);
   }
 }
 
-// Makes of the quantized row `token` what panels take.
-void panel_row(const Weight& w, const Input& in, int token) {
+// Makes of the quantized rows [first, last), a tile, what panels take.
+template <int Height>
+void panel_rows(const Weight& w, const Input& in, int first, int last) {
   const Cut cut(w, in.padded);
-  const QuantizedRow row = in.row(token);
-  const int height = in.panels.height, tile = token / height, at = token % height, units = in.padded / cut.unit;
-  int32_t* out = in.panels.tiles + int64_t{tile} * cut.rounds * cut.numbers() * height + at;
+  const QuantizedRow row = in.row(first);
+  const int tile = first / Height, units = in.padded / cut.unit;
+  int32_t* out = in.panels.tiles + int64_t{tile} * cut.rounds * cut.numbers() * Height;
   for (int r = 0; r < cut.rounds; ++r) {
-    const int8_t* first = row.codes + r * kUnits * cut.unit;
-    const int8_t* second = (r + 1) * kUnits <= units ? first + cut.unit : nullptr;
-    panel_codes(first, second, cut.unit, height, out + (r * cut.numbers() + 1) * height);
+    const int8_t* codes = row.codes + r * kUnits * cut.unit;
+    const int8_t* other = kUnits == 2 && r * 2 + 1 < units ? codes + cut.unit : nullptr;
+    panel_codes<Height>(codes, other, in.padded, last - first, cut, out + (r * cut.numbers() + 1) * Height);
   }
-  float* steps = in.panels.steps + int64_t{tile} * cut.parts() * height + at;
-  for (int begin = 0; begin < cut.rounds; begin += cut.part, steps += height) {
-    const int last = std::min(units, (begin + cut.part) * kUnits);
-    *steps = panel_scales(row, cut, begin * kUnits, last, height, out + begin * cut.numbers() * height);
+  float* steps = in.panels.steps + int64_t{tile} * cut.parts() * Height;
+  for (int begin = 0; begin < cut.rounds; begin += cut.part, steps += Height) {
+    const int end = std::min(units, (begin + cut.part) * kUnits);
+    const F8 step = panel_scales<Height>(row, cut, begin * kUnits, end, out + begin * cut.numbers() * Height);
+    std::memcpy(steps, &step, sizeof(float) * Height);
   }
+}
+
+void panel_tile_rows(const Weight& w, const Input& in, int first, int last) {
+  in.panels.height == 5 ? panel_rows<5>(w, in, first, last) : panel_rows<6>(w, in, first, last);
 }
 
 // Row blocks' codes and scales: codes [plane][round][step of 4 columns][NB][32], scales [round][NB][16]. An 8-bit code
@@ -283,10 +302,8 @@ void add_biases(const Weight& w, const Cut& cut, int padded, Blocks blocks, cons
       const int64_t at = (int64_t{blocks[b]} * num_spans(w, padded) + u * cut.unit / w.group) * kRowBlock;
       const F8 scale = load_half(w.scales + at);
       const F8 bias = bias_of(w, at, scale) + scale * all(cut.planes == 1 ? 8.0f : 128.0f);
-      for (int m = 0; m < tokens; ++m) {
-        const QuantizedRow it = {row.codes, row.scales + m, row.weighted, row.starts, row.half_sums + m, row.stride};
-        y[m][b] += bias * all(unit_scale(it, cut, u) * static_cast<float>(unit_sum(it, cut, u)));
-      }
+      const F8 sums = unit_scales(row, cut, u) * to_float(unit_sums(row, cut, u));
+      for (int m = 0; m < tokens; ++m) y[m][b] += bias * all(sums[m]);
     }
 }
 

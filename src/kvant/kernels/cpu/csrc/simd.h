@@ -56,18 +56,27 @@ inline F8 larger(F8 a, F8 b) { return (F8)_mm256_max_ps((__m256)a, (__m256)b); }
 inline F8 smaller(F8 a, F8 b) { return (F8)_mm256_min_ps((__m256)a, (__m256)b); }
 inline F4 larger(F4 a, F4 b) { return (F4)_mm_max_ps((__m128)a, (__m128)b); }
 inline F4 smaller(F4 a, F4 b) { return (F4)_mm_min_ps((__m128)a, (__m128)b); }
+inline I8 larger(I8 a, I8 b) { return (I8)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 #else
 inline F8 larger(F8 a, F8 b) { return a > b ? a : b; }
 inline F8 smaller(F8 a, F8 b) { return a < b ? a : b; }
 inline F4 larger(F4 a, F4 b) { return a > b ? a : b; }
 inline F4 smaller(F4 a, F4 b) { return a < b ? a : b; }
+inline I8 larger(I8 a, I8 b) { return a > b ? a : b; }
 #endif
 inline F8 within(F8 x, F8 low, F8 high) { return smaller(larger(x, low), high); }
-inline F8 magnitude(F8 x) { return as<F8>(as<I8>(x) & all(0x7fffffff)); }
+inline I8 magnitude_bits(F8 x) { return as<I8>(x) & all(0x7fffffff); }  // in the order of magnitudes, NaN above all
+inline F8 magnitude(F8 x) { return as<F8>(magnitude_bits(x)); }
+
+constexpr float kWhole = 12582912.0f;  // what is added to it is rounded to integers, which its lowest bits then are
 
 // To the nearest integer, ties to even, |x| < 2^22.
-inline F8 nearest(F8 x) { return x + all(12582912.0f) - all(12582912.0f); }
-inline I8 to_int(F8 x) { return as<I8>(x + all(12582912.0f)) - all(0x4b400000); }
+inline F8 nearest(F8 x) { return x + all(kWhole) - all(kWhole); }
+#if defined(__AVX2__)
+inline I8 to_int(F8 x) { return (I8)_mm256_cvtps_epi32((__m256)x); }
+#else
+inline I8 to_int(F8 x) { return as<I8>(x + all(kWhole)) - all(0x4b400000); }
+#endif
 
 inline float sum(F8 x) {
 #if defined(__AVX2__)
@@ -90,7 +99,8 @@ inline void sums4(const F8 (&x)[4], float* out) {
 #endif
 }
 
-inline float largest(F8 x) {
+template <class V>
+inline auto largest(V x) {
   x = larger(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
   x = larger(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
   return larger(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6))[0];
@@ -193,8 +203,8 @@ inline F8 exponential(F8 x) {
 // 2^x to 2 units in the last place, for x of at most 126; below -125 it stays at 2^-125, since subnormal steps are
 // slow.
 inline F8 power_of_two(F8 x) {
-  const F8 held = larger(x, all(-125.0f)), shifted = held + all(12582912.0f);
-  const F8 r = held - (shifted - all(12582912.0f));
+  const F8 held = larger(x, all(-125.0f)), shifted = held + all(kWhole);
+  const F8 r = held - (shifted - all(kWhole));
   F8 p = all(1.3276472e-3f);
   p = p * r + all(9.6755410e-3f);
   p = p * r + all(5.5507131e-2f);
@@ -225,6 +235,35 @@ inline void store_bytes(int8_t* p, I8 x) {
 #else
   typedef int8_t Narrow __attribute__((vector_size(8)));
   store(p, __builtin_convertvector(x, Narrow));
+#endif
+}
+
+// The same of 32 values.
+inline B32 bytes_of(const I8 (&x)[4]) {
+#if defined(__AVX2__)
+  const __m256i low = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
+  const __m256i high = _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]);
+  const __m256i places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return (B32)_mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), places);
+#else
+  B32 out;
+  for (int i = 0; i < 32; ++i) out[i] = static_cast<uint8_t>(x[i / 8][i % 8]);
+  return out;
+#endif
+}
+
+// The sums of the first and the last 16 of 32 signed bytes.
+inline void half_sums(B32 x, int32_t (&out)[2]) {
+#if defined(__AVX2__)
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)x);
+  __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  fours = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0x4e));
+  fours = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0xb1));
+  out[0] = _mm_cvtsi128_si32(_mm256_castsi256_si128(fours));
+  out[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(fours, 1));
+#else
+  out[0] = out[1] = 0;
+  for (int i = 0; i < 32; ++i) out[i / 16] += static_cast<int8_t>(x[i]);
 #endif
 }
 
@@ -283,7 +322,7 @@ struct Dot {
   inline void start(int32_t x) { sum = _mm256_set1_epi32(x); }
   inline void add(B32 u, B32 s) { sum = _mm256_dpbusd_epi32(sum, (__m256i)u, (__m256i)s); }
   inline I8 total() const { return (I8)sum; }
-  static int32_t scale_of(int32_t x) { return x; }
+  static I8 scale_of(I8 x) { return x; }
   inline void add_scaled(I8& to, I8 scale, I8 other) const {
     to = (I8)_mm256_dpwssd_epi32((__m256i)to, sum, _mm256_mulhrs_epi16((__m256i)scale, (__m256i)other));
   }
@@ -298,7 +337,7 @@ struct Dot {
     asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));  // gcc alone collects products first, and spills
   }
   inline I8 total() const { return (I8)_mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
-  static int32_t scale_of(int32_t x) { return x; }
+  static I8 scale_of(I8 x) { return x; }
   inline void add_scaled(I8& to, I8 scale, I8 other) const {
     const __m256i product = _mm256_madd_epi16(sum, _mm256_mulhrs_epi16((__m256i)scale, (__m256i)other));
     to = (I8)_mm256_add_epi32((__m256i)to, product);
@@ -319,7 +358,7 @@ struct Dot {
     std::memcpy(reinterpret_cast<char*>(&out) + 16, &high, 16);
     return out;
   }
-  static int32_t scale_of(int32_t x) { return x << 16; }
+  static I8 scale_of(I8 x) { return x << 16; }
   inline void add_scaled(I8& to, I8 scale, I8 other) const {
     int32x4_t* out = reinterpret_cast<int32x4_t*>(&to);
     const int32x4_t* a = reinterpret_cast<const int32x4_t*>(&scale);
@@ -337,7 +376,7 @@ struct Dot {
     for (int shift = 24; shift >= 0; shift -= 8) sum += ((first << shift) >> 24) * ((second << shift) >> 24);
   }
   inline I8 total() const { return sum; }
-  static int32_t scale_of(int32_t x) { return x; }
+  static I8 scale_of(I8 x) { return x; }
   inline void add_scaled(I8& to, I8 scale, I8 other) const {
     const I8 product = as<I8>(as<U8>(scale) * as<U8>(other) + (1 << 14)) >> 15;
     to = as<I8>(as<U8>(to) + as<U8>(sum) * as<U8>(product));

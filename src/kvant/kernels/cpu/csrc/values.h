@@ -1,4 +1,4 @@
-// Weighted sums of cached values: codes in pairs of tokens with weights of 15 bits, or floats.
+// Weighted sums of cached values: codes in pairs of tokens with weights of 7 or 15 bits, or floats.
 #pragma once
 
 #include "keys.h"
@@ -7,7 +7,8 @@ namespace kvant::KVANT_ISA {
 
 constexpr int kColumns = 4;  // vectors of sums that stay in registers for each head
 constexpr int kMixHeads = 3;
-constexpr int kTopWeight = 32767;
+constexpr int kTopNarrow = 127, kTopWide = 32767;  // the largest weight
+constexpr int kNarrowTokens = 32;  // whose codes times narrow weights fit 16 bits: 32 * 15 * 127
 
 inline bool value_is_integer(const Side& side, int dim) {
   if (!is_integer(side.kind) || dim % 32) return false;
@@ -16,7 +17,7 @@ inline bool value_is_integer(const Side& side, int dim) {
 }
 
 // Calls use(i, vector) with 32 dims of two tokens as four vectors of 8 dims: the first token's code below the second's.
-// Which dims a vector has is the ISA's affair; `paired_dim` knows.
+// Which dims a vector has is the ISA's affair; `unpaired` knows.
 template <Codes Kind, class Use>
 inline void pair_rows(const uint8_t* a, const uint8_t* b, Use use) {
 #if defined(__AVX2__)
@@ -53,14 +54,31 @@ inline void pair_rows(const uint8_t* a, const uint8_t* b, Use use) {
 #endif
 }
 
-// The dim of lane `lane` in vector `vector` of `Pairs`.
-inline int paired_dim(bool four_bits, int vector, int lane) {
+// Whether a half of vector `vector` has 4-bit codes of the second 16 of 32 dims.
+constexpr bool in_second_half([[maybe_unused]] int vector, [[maybe_unused]] int half) {
 #if defined(__AVX2__)
-  const int byte = 4 * (four_bits ? vector / 2 % 2 : vector % 2) + lane % 4 + lane / 4 * 8;
-  return four_bits ? vector / 4 * 32 + 2 * byte + vector % 2 : vector / 2 * 16 + byte;
+  return half;  // each vector has 4 of 8 dims of both
 #else
-  (void)four_bits;
-  return 8 * vector + lane;
+  return vector >= 2;
+#endif
+}
+
+// Four vectors of sums in the order of their 32 dims.
+inline void unpaired([[maybe_unused]] bool four_bits, const float* sums, F8 (&out)[4]) {
+  const F8 x[4] = {load<F8>(sums), load<F8>(sums + 8), load<F8>(sums + 16), load<F8>(sums + 24)};
+#if defined(__AVX2__)
+  for (int i = 0; i < 4; i += 2) {
+    F8 &low = out[four_bits ? i / 2 : i], &high = out[four_bits ? i / 2 + 2 : i + 1];
+    if (four_bits) {
+      low = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 2, 10, 3, 11);
+      high = __builtin_shufflevector(x[i], x[i + 1], 4, 12, 5, 13, 6, 14, 7, 15);
+    } else {
+      low = __builtin_shufflevector(x[i], x[i + 1], 0, 1, 2, 3, 8, 9, 10, 11);
+      high = __builtin_shufflevector(x[i], x[i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+  }
+#else
+  std::memcpy(&out, &x, sizeof x);
 #endif
 }
 
@@ -69,9 +87,76 @@ inline S16 pair_weights(const int16_t* low, const int16_t* high) {
   return as<S16>(I8{a, a, a, a, b, b, b, b});
 }
 
-using Weights = int16_t[kMaxGroups][kTile];
-
 inline void add_scaled(I8 x, float unit, float* sum) { store(sum, load<F8>(sum) + to_float(x) * all(unit)); }
+
+using Weights = int16_t[kMaxGroups][kTile];  // narrow ones: two tokens' bytes, twice
+
+// Whether a value's codes meet narrow weights.
+inline bool has_narrow_weights(const Side& side, int dim) { return is_4bit(side.kind) && dim / groups_of(side) >= 32; }
+
+// What is added to weights before they are rounded down, less a half: each of a run's tokens has its own 64th, in an
+// order that spreads any few. So small weights are not all lost beside a large one, but some of them count as 1.
+struct Dither {
+  alignas(32) float of[kTile];
+  constexpr Dither() : of() {
+    for (int t = 0; t < kTile; ++t) {
+      int reversed = 0;
+      for (int bit = 1, back = kTile / 2; back; bit *= 2, back /= 2) reversed += t & bit ? back : 0;
+      of[t] = (static_cast<float>(reversed) + 0.5f) / kTile - 0.5f;
+    }
+  }
+};
+constexpr Dither kDither;
+
+// Eight weights, of at most kTopNarrow once they are divided by their unit.
+inline void store_narrow(int16_t* p, F8 weights, F8 inverse, int token) {
+  const F8 steps = weights * inverse + load<F8>(kDither.of + token);
+#if defined(__AVX2__)
+  const __m256i places = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 0, 4, 8, 12, 8, 12, 0, 4, 0, 4, 8, 12, 8, 12));
+  const __m256i bytes = _mm256_shuffle_epi8((__m256i)(steps + all(kWhole)), places);  // the lowest of each number
+  store(p, _mm_unpacklo_epi64(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+#else
+  const uint64_t bytes = bytes_of(to_int(steps));
+  for (int i = 0; i < 8; ++i) p[i] = static_cast<int16_t>(bytes >> (i / 2 * 16));
+#endif
+}
+
+// sums + the products of unsigned and signed bytes in pairs, which wrap around.
+inline U16 add_byte_pairs(U16 sums, B32 u, B32 s) {
+#if defined(__AVX2__)
+  const __m256i products = _mm256_maddubs_epi16((__m256i)u, (__m256i)s);
+  return (U16)_mm256_add_epi16((__m256i)sums, products);
+#else
+  for (int i = 0; i < 32; ++i) sums[i / 2] += u[i] * static_cast<int8_t>(s[i]);
+  return sums;
+#endif
+}
+
+// 32 dims of two tokens' 4-bit codes: 16 dims a vector, the first token's code below the second's.
+inline void pair_codes4(const uint8_t* a, const uint8_t* b, B32 (&out)[2]) {
+#if defined(__AVX2__)
+  const __m128i x = load<__m128i>(a), y = load<__m128i>(b);
+  const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y));
+  out[0] = (B32)both & 15;
+  out[1] = (B32)_mm256_srli_epi16(both, 4) & 15;
+#else
+  for (int i = 0; i < 32; ++i) {
+    out[i / 16][i % 16 * 2] = a[i / 2] >> i % 2 * 4 & 15;
+    out[i / 16][i % 16 * 2 + 1] = b[i / 2] >> i % 2 * 4 & 15;
+  }
+#endif
+}
+
+// Adds the sums of such a vector to floats, in the order that `unpaired` expects.
+inline void add_wide(U16 sums, int vector, float unit, float* out) {
+#if defined(__AVX2__)
+  const __m256i zero = _mm256_setzero_si256();
+  add_scaled((I8)_mm256_unpacklo_epi16((__m256i)sums, zero), unit, out + 8 * vector);
+  add_scaled((I8)_mm256_unpackhi_epi16((__m256i)sums, zero), unit, out + 8 * vector + 16);
+#else
+  for (int i = 0; i < 16; ++i) out[16 * vector + i] += static_cast<float>(sums[i]) * unit;
+#endif
+}
 
 template <Codes Kind>
 constexpr int row_bytes(int dim) {
@@ -95,6 +180,27 @@ inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* 
     for (int i = 0; i < kColumns; ++i) add_scaled(acc[h][i], units[h], sums + h * kMaxHeadDim + 8 * i);
 }
 
+// The same for 4-bit codes and narrow weights.
+template <int Heads, class Count>
+inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, int64_t pitch,
+                       const float* units, float* sums, Ahead& next) {
+  for (int first = 0; first < tokens; first += kNarrowTokens) {
+    U16 acc[Heads][2] = {};
+    const int stop = std::min<int>(first + kNarrowTokens, tokens);
+    for (int t = first; t < stop; t += 2, rows += 2 * bytes, weights += 2) {
+      if (t % 8 == 0) next.ask();
+      B32 codes[2];
+      pair_codes4(rows, rows + bytes, codes);
+      for (int h = 0; h < Heads; ++h) {
+        const B32 weight = as<B32>(broadcast_pair(weights + h * pitch));
+        for (int i = 0; i < 2; ++i) acc[h][i] = add_byte_pairs(acc[h][i], codes[i], weight);
+      }
+    }
+    for (int h = 0; h < Heads; ++h)
+      for (int i = 0; i < 2; ++i) add_wide(acc[h][i], i, units[h], sums + h * kMaxHeadDim);
+  }
+}
+
 // The same for one head and 4-bit codes in groups of 16 dims.
 inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* first, const int16_t* second,
                        float unit, float* sums, Ahead& next) {
@@ -102,8 +208,8 @@ inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* 
   for (int t = 0; t < tokens; t += 2, rows += dim) {
     if (t % 8 == 0) next.ask();
     pair_rows<kCodes4>(rows, rows + dim / 2, [&](int i, S16 pair) {
-      const int16_t* low = paired_dim(true, i, 0) >= 16 ? second : first;
-      const int16_t* high = paired_dim(true, i, 4) >= 16 ? second : first;
+      const int16_t* low = in_second_half(i, 0) ? second : first;
+      const int16_t* high = in_second_half(i, 1) ? second : first;
       acc[i] = add_pairs(acc[i], pair, pair_weights(low + t, high + t));
     });
   }

@@ -6,19 +6,6 @@
 
 namespace kvant::KVANT_ISA {
 
-// Runs `body(offset, vector)` over `count` floats of x, the last vector padded with zeros, and stores what it returns.
-template <class Body>
-inline void map_row(const float* x, int count, float* y, Body body) {
-  int i = 0;
-  for (; i + 8 <= count; i += 8) store(y + i, body(i, load<F8>(x + i)));
-  if (i < count) {
-    float held[8] = {};
-    std::memcpy(held, x + i, sizeof(float) * (count - i));
-    F8 out = body(i, load<F8>(held));
-    std::memcpy(y + i, &out, sizeof(float) * (count - i));
-  }
-}
-
 inline void store_some(float* x, F8 v, int count) {
   if (count >= 8) store(x, v);
   else std::memcpy(x, &v, sizeof(float) * count);
@@ -31,33 +18,55 @@ inline F8 load_some(const float* x, int count) {
   return load<F8>(held);
 }
 
+// Calls body(offset, left) for each eight of `count` elements; all but the last have a constant 8 left.
+template <class Body>
+inline void for_eights(int count, Body body) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8) body(i, 8);
+  if (i < count) body(i, count - i);
+}
+
+// y = body(offset, vector of x, left), eight at a time.
+template <class Body>
+inline void map_row(const float* x, int count, float* y, Body body) {
+  for_eights(count, [&](int i, int left) { store_some(y + i, body(i, load_some(x + i, left), left), left); });
+}
+
+inline float sum_of_squares(const float* x, int count) {
+  F8 sums[4] = {};
+  int i = 0;
+  for (; i + 32 <= count; i += 32)
+    for (int j = 0; j < 4; ++j) {
+      const F8 v = load<F8>(x + i + 8 * j);
+      sums[j] += v * v;
+    }
+  for_eights(count - i, [&](int j, int left) {
+    const F8 v = load_some(x + i + j, left);
+    sums[0] += v * v;
+  });
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 void rms_norm_row(const float* x, const float* weight, float eps, int count, float* y) {
-  F8 squares = all(0.0f);
-  for (int i = 0; i < count; i += 8) {
-    const F8 v = load_some(x + i, count - i);
-    squares += v * v;
-  }
-  const F8 factor = all(1.0f / std::sqrt(sum(squares) / static_cast<float>(count) + eps));
-  map_row(x, count, y, [&](int i, F8 v) { return v * factor * load_some(weight + i, count - i); });
+  const F8 factor = all(1.0f / std::sqrt(sum_of_squares(x, count) / static_cast<float>(count) + eps));
+  map_row(x, count, y, [&](int i, F8 v, int left) { return v * factor * load_some(weight + i, left); });
 }
 
 void add_row(const float* x, int count, float* total) {
-  map_row(x, count, total, [&](int i, F8 v) { return v + load_some(total + i, count - i); });
+  map_row(x, count, total, [&](int i, F8 v, int left) { return v + load_some(total + i, left); });
 }
 
 inline void multiply_row(float* x, const float* factors, int count) {
-  for (int i = 0; i < count; i += 8)
-    store_some(x + i, load_some(x + i, count - i) * load_some(factors + i, count - i), count - i);
+  map_row(x, count, x, [&](int i, F8 v, int left) { return v * load_some(factors + i, left); });
 }
 
 void rope_row(float* x, const float* cos, const float* sin, int pairs) {
-  for (int i = 0; i < pairs; i += 8) {
-    const int left = pairs - i;
+  for_eights(pairs, [&](int i, int left) {
     const F8 a = load_some(x + i, left), b = load_some(x + pairs + i, left);
     const F8 c = load_some(cos + i, left), s = load_some(sin + i, left);
     store_some(x + i, a * c - b * s, left);
     store_some(x + pairs + i, b * c + a * s, left);
-  }
+  });
 }
 
 inline F8 activate(F8 x, int32_t activation) {
@@ -72,15 +81,15 @@ inline F8 activate(F8 x, int32_t activation) {
 }
 
 void gated_row(const float* gate, const float* up, int count, int32_t activation, float* y) {
-  map_row(gate, count, y, [&](int i, F8 x) { return activate(x, activation) * load_some(up + i, count - i); });
+  map_row(gate, count, y, [&](int i, F8 x, int left) { return activate(x, activation) * load_some(up + i, left); });
 }
 
 void softcap_row(float* x, int count, float cap) {
-  map_row(x, count, x, [&](int, F8 v) { return hyperbolic_tangent(v / all(cap)) * all(cap); });
+  map_row(x, count, x, [&](int, F8 v, int) { return hyperbolic_tangent(v / all(cap)) * all(cap); });
 }
 
 void scale_row(float* x, int count, float factor) {
-  map_row(x, count, x, [&](int, F8 v) { return v * all(factor); });
+  map_row(x, count, x, [&](int, F8 v, int) { return v * all(factor); });
 }
 
 // Where a row's first maximum is.
@@ -97,12 +106,11 @@ int argmax_row(const float* x, int count) {
 // out = exp((x - top) * factor), and its sum.
 double exponentials_row(const float* x, int count, float top, float factor, float* out) {
   double total = 0;
-  for (int i = 0; i < count; i += 8) {
-    const int left = count - i;
+  for_eights(count, [&](int i, int left) {
     const F8 weight = exponential((load_some(x + i, left) - all(top)) * all(factor));
     store_some(out + i, weight, left);
-    for (int j = 0; j < (left < 8 ? left : 8); ++j) total += weight[j];
-  }
+    for (int j = 0; j < left; ++j) total += weight[j];
+  });
   return total;
 }
 
