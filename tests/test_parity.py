@@ -280,7 +280,7 @@ def test_attention(attending, name, lengths, kv_heads, ratio, dim, block_size, w
     before = {name: plane.clone() for name, plane in it.cache.planes.items()}
     found, coarse = (
         attending.attention(q, it.cache, it.batch, shape),
-        IN_AN_ELEMENT[rounded_bits(attending, it.cache.format)],
+        IN_AN_ELEMENT[rounded_bits(attending, it.cache.format, dim)],
     )
     assert_close(found, attended(it, q, shape), dtype, scale=4, coarse=coarse)
     assert all(torch.equal(plane, it.cache.planes[name]) for name, plane in before.items()), "attention wrote"

@@ -43,7 +43,7 @@ def long_contexts(fmt: KVFormat, dim: int, window: int | None) -> tuple[Scene, T
 def test_attention_is_close_on_the_whole(attending, name, dim, window):
     it, q, shape, expected = long_contexts(KV_FORMATS[name], dim, window)
     error = attending.attention(q, it.cache, it.batch, shape) - expected
-    assert error.norm() <= ON_THE_WHOLE[rounded_bits(attending, it.cache.format)] * expected.norm()
+    assert error.norm() <= ON_THE_WHOLE[rounded_bits(attending, it.cache.format, dim)] * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8", "int4"])
@@ -62,7 +62,7 @@ def test_attention_to_4_bit_keys_is_finer_where_8_bits_hold_the_queries(attendin
     q = held_in_8_bits(it.cache, q)
     expected = attended(it, q, shape)
     error = attending.attention(q, it.cache, it.batch, shape) - expected
-    assert error.norm() <= ON_THE_WHOLE[8] * expected.norm()
+    assert error.norm() <= ON_THE_WHOLE[15] * expected.norm()
 
 
 def held_in_8_bits(cache: KVLayer, q: Tensor) -> Tensor:
@@ -80,20 +80,24 @@ def held_in_8_bits(cache: KVLayer, q: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", OF_4_BIT_VALUES)
 @pytest.mark.parametrize(("dim", "window"), [(64, None), (128, 600)])
 def test_attention_to_4_bit_values_is_exact_where_all_weigh_the_same(attending, name, dim, window):
-    """Then weights need no rounding: all scores are 0, and all vectors have the same scales. Sums are the largest."""
+    """Then weights need no rounding: all scores are 0, and all vectors have the same scales. They are the largest, and
+    so are some codes, but for those of sinks, which are no codes.
+    """
     it = scene_of(KV_FORMATS[name], 2, dim, 32, LONG, seed=1)
     for plane, data in it.cache.planes.items():
         if plane == "value.words":
             data.fill_(int(data.flatten()[7]))
         elif plane.startswith("value.") and plane != "value.codes":
             data.copy_(data.flatten(0, -2)[7].expand_as(data))
+        elif plane == "value.codes" and not it.cache.format.sinks:
+            data[..., :2] = 255
     for row, context in enumerate(map(len, (x[0] for x in it.values))):
         it.values[row].copy_(it.cache.read("value", it.batch.block_tables[row])[:, :context])
     q = torch.zeros(it.tokens, 4, dim)
     shape = AttentionShape(4, 2, dim, 0.125, window)
     expected = attended(it, q, shape)
     error = attending.attention(q, it.cache, it.batch, shape) - expected
-    assert error.norm() <= 2 * ON_THE_WHOLE[16] * expected.norm()
+    assert error.norm() <= 2 * ON_THE_WHOLE[24] * expected.norm()
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -109,7 +109,7 @@ def test_what_is_written_is_attended_to(ops, spans, kv_heads, ratio, dim, block_
     shape = AttentionShape(kv_heads * ratio, kv_heads, dim, dim**-0.5, window)
     q = torch.randn(it.step(spans).query_starts[-1], shape.num_heads, dim, generator=torch.Generator().manual_seed(1))
     for cache in it.store.layers:
-        coarse = IN_AN_ELEMENT[rounded_bits(ops, cache.format)]
+        coarse = IN_AN_ELEMENT[rounded_bits(ops, cache.format, dim)]
         if any(start for start, _ in spans):
             it.write(ops, cache, [(0, start) for start, _ in spans])
         it.write(ops, cache, spans)

@@ -1,7 +1,8 @@
 """How far a backend's attention may be from the exact one.
 
-A native backend takes the cache's integer codes as they are: softmax weights and queries are rounded to 16 bit, or, for
-codes of 4 bits, to 8. That is fine on the whole, and now and then visible in a single element.
+A native backend takes the cache's integer codes as they are: softmax weights and queries are rounded to 15 bits, or
+queries to 8 for keys of 4 bits, and weights to 7 for values of 4 bits. That is fine on the whole, and now and then
+visible in a single element.
 """
 
 from __future__ import annotations
@@ -10,18 +11,30 @@ from types import MappingProxyType
 
 from kvant.formats.kv import KVFormat
 from kvant.formats.kv_codecs import VectorCodec
+from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.ops import Ops
 from kvant.kernels.reference import ReferenceOps
 
-# By the bits of the codes that are met as they are: the largest error of an element relative to the largest element,
-# and the error's norm relative to the result's. Each two to three times what is found.
-IN_AN_ELEMENT = MappingProxyType({16: 0.0, 8: 1.5e-3, 4: 0.12})
-ON_THE_WHOLE = MappingProxyType({16: 1.2e-6, 8: 2e-4, 4: 5e-2})
+# By what is rounded to fewest bits: the largest error of an element relative to the largest element, and the error's
+# norm relative to the result's. Each two to three times what is found.
+IN_AN_ELEMENT = MappingProxyType({24: 0.0, 15: 1.5e-3, 8: 0.12, 7: 0.2})
+ON_THE_WHOLE = MappingProxyType({24: 1.2e-6, 15: 2e-4, 8: 1.5e-2, 7: 5e-2})
 
 
-def rounded_bits(ops: Ops, fmt: KVFormat) -> int:
-    """4 where a backend may round to 8 bit, 8 where it may round to 16 bit, 16 where it computes in float32."""
-    return 16 if type(ops) is ReferenceOps else min(code_bits(fmt.key), code_bits(fmt.value))
+def rounded_bits(ops: Ops, fmt: KVFormat, head_dim: int) -> int:
+    """To how many bits a backend may round queries or softmax weights; 24 where it computes in float32."""
+    key, value = code_bits(fmt.key), code_bits(fmt.value)
+    if type(ops) is ReferenceOps or key == value == 16:
+        return 24
+    if type(ops) is CpuOps and value == 4 and _group_size(fmt.value, head_dim) >= 32:
+        return 7
+    return 8 if key == 4 else 15
+
+
+def _group_size(codec: VectorCodec, head_dim: int) -> int:
+    """Elements of a vector that share a scale."""
+    groups = [plane.shape[0] for plane in codec.planes(head_dim) if plane.name == "words"]
+    return head_dim // (groups[0] if groups else 1)
 
 
 def code_bits(codec: VectorCodec) -> int:

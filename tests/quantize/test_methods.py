@@ -45,20 +45,23 @@ def test_auto_is_as_good_as_the_best(foldable):
 
 @pytest.mark.parametrize("foldable", [True, False])
 def test_auto_chooses_by_a_text_that_was_not_seen_and_then_sees_it(foldable):
-    """What is kept apart decides, here by what it says of `others`; the result is the chosen method's own."""
-    part = Moments.of([inputs(100, 128)])
-    seen = []
+    """The methods that are compared know `others` only; the result is the chosen method's own, with all of the text."""
+    part, compared = Moments.of([inputs(100, 128)]), []
 
     def harm(solution):
-        seen.append(solution)
         return float(solution.method != "gptq")
 
-    case = replace(problem(foldable=foldable), others=part, harm=harm)
-    found, expected = METHODS["auto"](case), METHODS["gptq"](case)
-    held_out = METHODS["gptq"](replace(case, inputs=part, others=None))
-    assert torch.equal(found.weight.codes, expected.weight.codes)
+    def noted(solution):
+        compared.append(solution)
+        return harm(solution)
+
+    case = replace(problem(foldable=foldable), harm=harm)
+    found = METHODS["auto"](replace(case, others=lambda: part, harm=noted))
+    all_of_it, held_out = (METHODS["gptq"](replace(case, inputs=it)) for it in (case.inputs, part))
+    assert torch.equal(found.weight.codes, all_of_it.weight.codes)
     assert not torch.equal(found.weight.codes, held_out.weight.codes)
-    assert any(torch.equal(it.weight.codes, held_out.weight.codes) for it in seen)
+    first = next(it for it in compared if it.method == "gptq")
+    assert torch.equal(first.weight.codes, held_out.weight.codes)
 
 
 def test_factors_are_of_use_only_where_inputs_can_be_divided():

@@ -202,6 +202,12 @@ def test_methods_that_compare_keep_some_text_apart(tiny: Path, tmp_path: Path, m
     assert set(seen) == {(16 * 24, 15 * 24)}
 
 
+def test_one_text_is_enough_to_choose_by(tiny: Path, tmp_path: Path) -> None:
+    outcome = quantized(tiny, tmp_path / "out", replace(FINE, method="auto", samples=1))
+    assert {it.method for it in outcome.linears} <= {"gptq", "awq"}
+    assert outcome.kl < 0.3
+
+
 def test_whole_rows(tiny: Path, tmp_path: Path) -> None:
     outcome = quantized(tiny, tmp_path / "out", replace(FINE, method="gptq", group_size=-1))
     assert {it.group_size for it in outcome.linears} == {32, 64}

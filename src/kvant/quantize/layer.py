@@ -127,7 +127,7 @@ class LayerQuantizer:
             harm=harm,
             settled=None if fold is None else partial(fold.settled, stored),
             ties=None if fold is None else fold.ties,
-            others=moments.without(Moments.of([trial])) if apart else None,
+            others=(lambda: moments.without(Moments.of([trial]))) if apart else None,
         )
 
     def _report(self, index: int, kind: str, solution: Solution, error: float, fold: Fold | None) -> LinearReport:

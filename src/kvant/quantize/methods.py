@@ -28,8 +28,8 @@ class Problem:
         harm: what a solution does to the model, see `Trial.harm`.
         settled: the factors [K] nearest to some that the inputs can be divided by; None where they cannot be divided.
         ties: [K] int64, inputs of one number have one factor; None where all may differ.
-        others: the inputs on all of the calibration text but that which `harm` is measured on; None where there is
-            no other, or nobody asks.
+        others: makes the inputs on all of the calibration text but that which `harm` is measured on; None where there
+            is no other, or nobody asks.
     """
 
     weight: Tensor
@@ -38,12 +38,12 @@ class Problem:
     harm: Callable[[Solution], float]
     settled: Callable[[Tensor], Tensor] | None = None
     ties: Tensor | None = None
-    others: Moments | None = None
+    others: Callable[[], Moments] | None = None
 
     @property
     def held_out(self) -> Problem:
         """The same for who may not see the text that `harm` is measured on."""
-        return self if self.others is None else replace(self, inputs=self.others, others=None)
+        return self if self.others is None else replace(self, inputs=self.others(), others=None)
 
     def scaled(self, scale: Tensor) -> Problem:
         """The same with the inputs divided by factors [K], and the weight multiplied."""
@@ -137,9 +137,11 @@ def _awq(problem: Problem) -> Solution:
 
 def _auto(problem: Problem) -> Solution:
     """GPTQ or AWQ: the one that does less harm to a text that it has not seen. Then it sees that, too."""
-    tried = {method: method(problem.held_out) for method in (_gptq, _awq)}
-    chosen = min(tried, key=lambda method: problem.harm(tried[method]))
-    return tried[chosen] if problem.others is None else chosen(problem)
+    return _less_harmful_method(problem.held_out)(problem)
+
+
+def _less_harmful_method(problem: Problem) -> Method:
+    return min((_gptq, _awq), key=lambda method: problem.harm(method(problem)))
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(

@@ -181,7 +181,7 @@ struct Mixed {
     float units[kMaxShared];
     with_count<kMaxGroups>(groups_of(value), [&](auto groups) {
       with_tile(run.end - run.begin, [&](auto count) {
-        round_weights<groups()>(scores, steps, run.begin, count, heads, narrow, weights, units);
+        round_weights<groups()>(scores, steps, it, run.begin, count, heads, narrow, weights, units);
       });
     });
     switch (codes_of(value.kind)) {
@@ -197,7 +197,7 @@ struct Mixed {
     const int size = at.dim / groups_of(at.layer.value), tokens = run.end - run.begin;
     for (int d = 0; d < at.dim; d += 32, rows += Kind == kCodes4 ? 16 : 32) {
       const int g = d / size;
-      if (Kind == kCodes4 && size == 16) {
+      if (Kind == kCodes4 && !has_narrow_weights(at.layer.value, at.dim)) {
         for (int h = 0; h < heads; ++h)
           mix_halves(rows, at.dim, tokens, weights[h][g], weights[h][g + 1], units[h], sums[h] + d, next);
         continue;
@@ -216,10 +216,11 @@ struct Mixed {
   // Softmax weights times the codes' scales, rounded to multiples of the heads' units; what they make of the shifts is
   // added up at once.
   template <int Groups, class Count>
-  void round_weights(Scores& scores, const Steps& steps, int first, Count count, int heads, bool narrow,
-                     Weights* rounded, float* units) {
+  void round_weights(Scores& scores, const Steps& steps, const Span& it, int first, Count count, int heads,
+                     bool narrow, Weights* rounded, float* units) {
     alignas(32) float scaled[kMaxShared][Groups][kTile];
     const float most = narrow ? kTopNarrow : kTopWide;
+    const int slot = static_cast<int>((it.first + first) % kTile);
     for (int h = 0; h < heads; ++h)
       units[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, h, scaled[h]) / most;
     for (int h = 0; h < heads; ++h) {
@@ -228,7 +229,7 @@ struct Mixed {
         const float* x = scaled[h][g];
         int16_t* out = rounded[h][g];
         if (narrow)
-          for (int t = 0; t < count; t += 8) store_narrow(out + t, load<F8>(x + t), inverse, t);
+          for (int t = 0; t < count; t += 8) store_narrow(out + t, load<F8>(x + t), inverse, slot + t);
         else
           for (int t = 0; t < count; t += 8) store_words(out + t, to_int(load<F8>(x + t) * inverse));
       }
@@ -261,46 +262,49 @@ struct Sinks {
   Softmax softmax[kMaxShared];
   alignas(32) float sums[kMaxShared][kMaxHeadDim];
 
-  void attend(const Place& at, const Heads& heads, int64_t from, int64_t to) {
+  // `scores` is room for theirs.
+  void attend(const Place& at, const Heads& heads, int64_t from, int64_t to, Scores& scores) {
     for (int h = 0; h < heads.count; ++h) std::fill(sums[h], sums[h] + at.dim, 0.0f);
     for (int64_t first = from; first < to; first += 8)
-      add(at, heads, first, static_cast<int>(std::min<int64_t>(8, to - first)));
+      add(at, heads, first, static_cast<int>(std::min<int64_t>(8, to - first)), scores);
     for (int h = 0; h < heads.count; ++h)  // what the codec does to values is linear: it may wait for their sum
       shape_vector(at.layer.value, at.layer, at.kv_head, at.dim, 0, sums[h]);
   }
 
  private:
-  void add(const Place& at, const Heads& heads, int64_t first, int count) {
-    const Spot spot = at.spot(0);
-    alignas(32) float scores[kMaxShared][8], vector[kMaxHeadDim];
-    for (int p = 0; p < count; ++p) {
-      read_sink(at.layer.key, at.dim, spot, first + p, vector);
-      for (int h = 0; h < heads.count; ++h) {
-        F8 dot = all(0.0f);
-        for (int i = 0; i < at.dim; i += 8) dot += load<F8>(vector + i) * load<F8>(heads.raw[h] + i);
-        scores[h][p] = sum(dot);
-      }
-    }
+  alignas(32) float vectors_[8 * kMaxHeadDim];
+  Ahead none_;
+
+  void read(const Place& at, const Side& side, int64_t first, int count) {
+    for (int p = 0; p < count; ++p) read_sink(side, at.dim, at.spot(0), first + p, vectors_ + p * at.dim);
+  }
+
+  void add(const Place& at, const Heads& heads, int64_t first, int count, Scores& scores) {
+    const int fours = (count + 3) & ~3;
+    read(at, at.layer.key, first, count);
+    std::fill(vectors_ + count * at.dim, vectors_ + fours * at.dim, 0.0f);
+    for (int h = 0; h < heads.count; ++h) store(scores.of(h), all(0.0f));
+    for_heads<3>(heads.count, [&](auto n, int h) {
+      add_float_scores<n(), Floats>(vectors_, fours, at.dim, heads.raw[h], scores.of(h), none_);
+    });
     for (int h = 0; h < heads.count; ++h) {
-      cap_scores(scores[h], 8, at.shape.softcap);
-      mask_scores(scores[h], 0, count, 8);
-      scale_row(sums[h], at.dim, softmax[h].raise(scores[h], 8));
-      softmax[h].weigh(scores[h], 8);
+      cap_scores(scores.of(h), 8, at.shape.softcap);
+      mask_scores(scores.of(h), 0, count, 8);
+      scale_row(sums[h], at.dim, softmax[h].raise(scores.of(h), 8));
+      softmax[h].weigh(scores.of(h), 8);
     }
-    for (int p = 0; p < count; ++p) {
-      read_sink(at.layer.value, at.dim, spot, first + p, vector);
-      for (int h = 0; h < heads.count; ++h)
-        for (int i = 0; i < at.dim; i += 8)
-          store(sums[h] + i, load<F8>(sums[h] + i) + all(scores[h][p]) * load<F8>(vector + i));
-    }
+    read(at, at.layer.value, first, count);
+    for_heads<3>(heads.count, [&](auto n, int h) {
+      add_values<n(), Floats>(vectors_, at.dim, count, scores.of(h), sums[h], none_);
+    });
   }
 };
 
 // One part of a context: (top, total, sums [dim]) per head, for `attend_merge`.
 inline void store_partial(float* out, const Softmax& a, const float* x, const Softmax* b, const float* y, int dim) {
   const float top = b ? std::max(a.top, b->top) : a.top;
-  const float left = a.top == kNever ? 0 : std::exp2(a.top - top);
-  const float right = !b || b->top == kNever ? 0 : std::exp2(b->top - top);
+  const float left = a.top == kNever ? 0 : power_of_two(a.top - top);
+  const float right = !b || b->top == kNever ? 0 : power_of_two(b->top - top);
   out[0] = top;
   out[1] = a.total() * left + (b ? b->total() * right : 0.0f);
   for (int i = 0; i < dim; ++i) out[2 + i] = x[i] * left + (b ? y[i] * right : 0.0f);
@@ -326,7 +330,7 @@ inline void attend_split(const AttentionWork& work, const Place& at, const Heads
   Mixed mixed(at, heads.count);
   Sinks sinks;
   Scores scores;
-  if (has_sinks) sinks.attend(at, heads, part.start, sunk);
+  if (has_sinks) sinks.attend(at, heads, part.start, sunk, scores);
   if (it.size) {
     scores.compute(at, heads, it);
     mixed.add(at, it, heads.count, scores, after);
@@ -368,11 +372,11 @@ void attend_merge(const AttentionWork& work, int sequence, int token, int head) 
   for (int s = 0; s < used; ++s) top = std::max(top, parts[s * stride]);
   for (int s = 0; s < used; ++s) {
     if (parts[s * stride] == kNever) continue;
-    const float weight = std::exp2(parts[s * stride] - top);
+    const float weight = power_of_two(parts[s * stride] - top);
     total += parts[s * stride + 1] * weight;
     for (int i = 0; i < at.dim; ++i) sums[i] += parts[s * stride + 2 + i] * weight;
   }
-  for (int i = 0; i < at.dim; ++i) sums[i] /= total;
+  scale_row(sums, at.dim, 1 / total);
   finish_output(at, sums);
   std::memcpy(work.out + row * at.dim, sums, sizeof(float) * at.dim);
 }

@@ -29,7 +29,7 @@ inline float quantize_group(const float* x, const QuantizedRow& out, int group) 
   const F8 inverse = all(step > 0 ? 1.0f / step : 0.0f);
   I8 codes[4];
   for (int i = 0; i < 4; ++i) codes[i] = to_int(held[i] * inverse);
-  const B32 bytes = bytes_of(codes);
+  const B32 bytes = signed_bytes_of(codes);
   store(out.codes + group * kGroup, bytes);
   int32_t sums[2];
   half_sums(bytes, sums);

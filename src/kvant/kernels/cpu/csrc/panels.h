@@ -105,18 +105,20 @@ int panel_height(int64_t tokens) {
   return static_cast<int>((tokens + tiles - 1) / tiles);
 }
 
-// Of up to eight tokens from the row's on, which are lanes: a unit's scales, and the sums of its codes.
+// Of up to eight tokens from the row's on, which are lanes: a unit's scales, and the sums of its codes. Lanes behind a
+// tile's tokens hold anything, or what another thread is writing, and nobody uses what becomes of them; integers are
+// unsigned where they could overflow.
 inline F8 unit_scales(const QuantizedRow& row, const Cut& cut, int u) {
   return load<F8>(row.scales + u * cut.unit / kGroup * row.stride);
 }
 
-inline I8 unit_sums(const QuantizedRow& row, const Cut& cut, int u) {
-  if (cut.unit < kGroup) return load<I8>(row.half_sums + u * row.stride);
-  return load<I8>(row.half_sums + 2 * u * row.stride) + load<I8>(row.half_sums + (2 * u + 1) * row.stride);
+inline U8 unit_sums(const QuantizedRow& row, const Cut& cut, int u) {
+  if (cut.unit < kGroup) return load<U8>(row.half_sums + u * row.stride);
+  return load<U8>(row.half_sums + 2 * u * row.stride) + load<U8>(row.half_sums + (2 * u + 1) * row.stride);
 }
 
 // The units of a round in one number a token, as a lane of `Dot` has them.
-inline I8 lanes_of(const I8 (&x)[2]) { return kUnits == 1 ? x[0] : (x[0] & 0xffff) | x[1] << 16; }
+inline I8 lanes_of(const U8 (&x)[2]) { return as<I8>(kUnits == 1 ? x[0] : (x[0] & 0xffff) | x[1] << 16); }
 
 // Scales and starts of a tile's tokens, which are lanes, for the units [begin, end) of one part; returns what a scale
 // of 1 stands for.
@@ -131,10 +133,10 @@ inline F8 panel_scales(const QuantizedRow& row, const Cut& cut, int begin, int e
   const F8 step = larger(total * all(1 / kScaleSum), top * all(1 / kScaleTop));
   const F8 inverse = step > all(0.0f) ? all(1.0f) / step : all(0.0f);
   for (int u = begin; u < end; u += kUnits, out += cut.numbers() * Height) {
-    I8 scales[2] = {}, starts[2] = {};
+    U8 scales[2] = {}, starts[2] = {};
     for (int i = 0; i < kUnits && u + i < end; ++i) {
-      scales[i] = to_int(unit_scales(row, cut, u + i) * inverse);
-      starts[i] = unit_sums(row, cut, u + i) * -8;
+      scales[i] = as<U8>(to_int(unit_scales(row, cut, u + i) * inverse));
+      starts[i] = unit_sums(row, cut, u + i) * static_cast<uint32_t>(-8);
     }
     const I8 start = lanes_of(starts), scale = Dot::scale_of(lanes_of(scales));
     std::memcpy(out, &start, sizeof(int32_t) * Height);
@@ -153,7 +155,8 @@ inline I8 panel_numbers(const int8_t* first, const int8_t* second) {
   return as<I8>(__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
 }
 
-// A round's codes of a tile's tokens, `padded` apart, step by step; `out` has room for two numbers more.
+// A round's codes of a tile's tokens, `padded` apart, step by step. Behind the last step, up to three numbers are written
+// where the scales come later.
 template <int Height>
 inline void panel_codes(const int8_t* first, const int8_t* second, int padded, int tokens, const Cut& cut,
                         int32_t* out) {
@@ -302,7 +305,7 @@ void add_biases(const Weight& w, const Cut& cut, int padded, Blocks blocks, cons
       const int64_t at = (int64_t{blocks[b]} * num_spans(w, padded) + u * cut.unit / w.group) * kRowBlock;
       const F8 scale = load_half(w.scales + at);
       const F8 bias = bias_of(w, at, scale) + scale * all(cut.planes == 1 ? 8.0f : 128.0f);
-      const F8 sums = unit_scales(row, cut, u) * to_float(unit_sums(row, cut, u));
+      const F8 sums = unit_scales(row, cut, u) * to_float(as<I8>(unit_sums(row, cut, u)));
       for (int m = 0; m < tokens; ++m) y[m][b] += bias * all(sums[m]);
     }
 }

@@ -75,7 +75,7 @@ inline F8 nearest(F8 x) { return x + all(kWhole) - all(kWhole); }
 #if defined(__AVX2__)
 inline I8 to_int(F8 x) { return (I8)_mm256_cvtps_epi32((__m256)x); }
 #else
-inline I8 to_int(F8 x) { return as<I8>(x + all(kWhole)) - all(0x4b400000); }
+inline I8 to_int(F8 x) { return as<I8>(as<U8>(x + all(kWhole)) - 0x4b400000u); }
 #endif
 
 inline float sum(F8 x) {
@@ -214,6 +214,8 @@ inline F8 power_of_two(F8 x) {
   return as<F8>(as<I8>(p) + (as<I8>(shifted) << 23));
 }
 
+inline float power_of_two(float x) { return power_of_two(all(x))[0]; }
+
 inline F8 hyperbolic_tangent(F8 x) {
   F8 e = exponential(smaller(magnitude(x), all(20.0f)) * all(-2.0f));
   F8 t = (all(1.0f) - e) / (all(1.0f) + e);
@@ -238,8 +240,8 @@ inline void store_bytes(int8_t* p, I8 x) {
 #endif
 }
 
-// The same of 32 values.
-inline B32 bytes_of(const I8 (&x)[4]) {
+// 32 rounded values, each within int8.
+inline B32 signed_bytes_of(const I8 (&x)[4]) {
 #if defined(__AVX2__)
   const __m256i low = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
   const __m256i high = _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]);
@@ -368,18 +370,18 @@ struct Dot {
   }
 #else
   static constexpr int kUnits = 1;
-  I8 sum = all(0);
+  U8 sum = as<U8>(all(0));  // it may start at anything
   static int32_t start_of(int32_t x) { return x; }
-  inline void start(int32_t x) { sum = all(x); }
+  inline void start(int32_t x) { sum = as<U8>(all(x)); }
   inline void add(B32 u, B32 s) {
     I8 first = as<I8>(u), second = as<I8>(s);
-    for (int shift = 24; shift >= 0; shift -= 8) sum += ((first << shift) >> 24) * ((second << shift) >> 24);
+    for (int shift = 24; shift >= 0; shift -= 8) sum += as<U8>(((first << shift) >> 24) * ((second << shift) >> 24));
   }
-  inline I8 total() const { return sum; }
+  inline I8 total() const { return as<I8>(sum); }
   static I8 scale_of(I8 x) { return x; }
   inline void add_scaled(I8& to, I8 scale, I8 other) const {
     const I8 product = as<I8>(as<U8>(scale) * as<U8>(other) + (1 << 14)) >> 15;
-    to = as<I8>(as<U8>(to) + as<U8>(sum) * as<U8>(product));
+    to = as<I8>(as<U8>(to) + sum * as<U8>(product));
   }
 #endif
 };

@@ -94,8 +94,8 @@ using Weights = int16_t[kMaxGroups][kTile];  // narrow ones: two tokens' bytes, 
 // Whether a value's codes meet narrow weights.
 inline bool has_narrow_weights(const Side& side, int dim) { return is_4bit(side.kind) && dim / groups_of(side) >= 32; }
 
-// What is added to weights before they are rounded down, less a half: each of a run's tokens has its own 64th, in an
-// order that spreads any few. So small weights are not all lost beside a large one, but some of them count as 1.
+// What is added to weights before they are rounded down, less a half: each of 64 slots has its own 64th, in an order that
+// spreads any few. So small weights are not all lost beside a large one, but some of them count as 1.
 struct Dither {
   alignas(32) float of[kTile];
   constexpr Dither() : of() {
@@ -109,8 +109,8 @@ struct Dither {
 constexpr Dither kDither;
 
 // Eight weights, of at most kTopNarrow once they are divided by their unit.
-inline void store_narrow(int16_t* p, F8 weights, F8 inverse, int token) {
-  const F8 steps = weights * inverse + load<F8>(kDither.of + token);
+inline void store_narrow(int16_t* p, F8 weights, F8 inverse, int slot) {
+  const F8 steps = weights * inverse + load<F8>(kDither.of + slot % kTile);
 #if defined(__AVX2__)
   const __m256i places = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 0, 4, 8, 12, 8, 12, 0, 4, 0, 4, 8, 12, 8, 12));
   const __m256i bytes = _mm256_shuffle_epi8((__m256i)(steps + all(kWhole)), places);  // the lowest of each number
@@ -158,20 +158,14 @@ inline void add_wide(U16 sums, int vector, float unit, float* out) {
 #endif
 }
 
-template <Codes Kind>
-constexpr int row_bytes(int dim) {
-  return Kind == kCodes4 ? dim / 2 : dim;
-}
-
-// sums[head] += 32 dims of a run's codes times the heads' weights, `pitch` apart, times their units.
+// sums[head] += 32 dims of a run's 8-bit codes times the heads' weights, `pitch` apart, times their units.
 template <int Heads, Codes Kind, class Count>
 inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* weights, int64_t pitch,
                      const float* units, float* sums, Ahead& next) {
-  const int bytes = row_bytes<Kind>(dim);
   I8 acc[Heads][kColumns] = {};
-  for (int t = 0; t < tokens; t += 2, rows += 2 * bytes, weights += 2) {
+  for (int t = 0; t < tokens; t += 2, rows += 2 * dim, weights += 2) {
     if (t % 8 == 0) next.ask();
-    pair_rows<Kind>(rows, rows + bytes, [&](int i, S16 pair) {
+    pair_rows<Kind>(rows, rows + dim, [&](int i, S16 pair) {
       wait_for(weights);  // broadcast again: there are no registers to keep them in
       for (int h = 0; h < Heads; ++h) acc[h][i] = add_pairs(acc[h][i], pair, broadcast_pair(weights + h * pitch));
     });

@@ -144,7 +144,7 @@ inline void round_element(Aims& aims, const BlockWeights (&weights)[kChains]) {
     F4 &low = aims.low[n], &high = aims.high[n], from = Element < 4 ? low : high;
     const F4 aim = __builtin_shufflevector(from, from, kLane, kLane, kLane, kLane);
     const F4 held = smaller(larger(aim, all4(0.0f)), all4(15.0f));
-    const F4 error = aim - (held + all4(12582912.0f) - all4(12582912.0f));
+    const F4 error = aim - (held + all4(kWhole) - all4(kWhole));
     const float* row = weights[n].rows + Element * weights[n].stride;
     if (Element < 4) low -= error * load<F4>(row);
     high -= error * load<F4>(row + 4);
