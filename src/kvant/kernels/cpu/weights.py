@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from kvant.errors import CorruptModelError
 from kvant.formats.memory import Slabs
+from kvant.formats.threads import for_each
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.cpu import structs
 from kvant.kernels.cpu.native import Native, pointer
@@ -164,8 +164,7 @@ def _packed(native: Native, kind: int, data: Tensor, columns: int, row_bytes: in
         source, target = data[first:].data_ptr(), out.data_ptr() + first * row_bytes
         native.library.kvant_pack(kind, source, count, columns, target)
 
-    with ThreadPoolExecutor(native.threads) as pool:
-        list(pool.map(pack_some, range(0, rows, _ROWS_AT_ONCE)))
+    for_each(pack_some, range(0, rows, _ROWS_AT_ONCE), native.threads)
     return out
 
 

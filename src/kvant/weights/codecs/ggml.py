@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from kvant.errors import UnsupportedModelError
+from kvant.formats.threads import for_each
 
 SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 _ELEMENTS_AT_ONCE = 1 << 20
@@ -44,6 +44,5 @@ def decode_ggml(
         values = dequantize(stored[first : first + step], kind)
         rows[first : first + step] = torch.from_numpy(np.array(values, dtype=np.float32))
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(decode, range(0, rows.shape[0], step)))
+    for_each(decode, range(0, rows.shape[0], step), torch.get_num_threads())
     return out

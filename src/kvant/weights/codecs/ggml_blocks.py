@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +13,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import Q4_K
 
+from kvant.formats.threads import for_each
 from kvant.formats.weight import PackedWeight
 
 Array = np.ndarray[Any, Any]
@@ -68,8 +68,7 @@ def pack_ggml(data: Array, kind: Kind, shape: tuple[int, ...]) -> PackedWeight |
                 target = plane[first : first + step]
                 target[:] = part.reshape(target.shape)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(unpack, range(0, rows, step)))
+    for_each(unpack, range(0, rows, step), torch.get_num_threads())
     # Nothing is lost below float16's normal range: a product of a float16 and an integer is a multiple of 2^-24.
     if not all(np.isfinite(plane).all() for plane in affine):
         return None

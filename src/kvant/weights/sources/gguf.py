@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -72,14 +73,17 @@ class _PlainReader(GGUFReader):
 
     def _strings(self, start: int, count: int) -> tuple[int, list[np.ndarray[Any, Any]]]:
         """The bytes that so many strings take, and for each its length, as it is stored, and its text."""
-        data, offset, parts = self._data, start, []
+        data, begin, parts = self._data, start, []
+        raw = data.data
+        order: Literal["little", "big"] = "little" if (sys.byteorder == "little") == (self.byte_order == "I") else "big"
         for _ in range(count):
-            length = int(self._get(offset, np.uint64)[0])
-            parts += [data[offset : offset + 8], data[offset + 8 : offset + 8 + length]]
-            if len(parts[-1]) < length:
-                raise ValueError(f"the string at byte {offset} reaches beyond the file's end")
-            offset += 8 + length
-        return offset - start, parts
+            text = begin + 8
+            end = text + int.from_bytes(raw[begin:text], order)
+            if end > len(data):
+                raise ValueError(f"the string at byte {begin} reaches beyond the file's end")
+            parts += [data[begin:text], data[text:end]]
+            begin = end
+        return begin - start, parts
 
 
 class GgufSource(TensorSource):

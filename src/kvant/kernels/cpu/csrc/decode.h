@@ -350,7 +350,8 @@ void attend_splits(const AttentionWork& work, int sequence, int token, int kv_he
   const int shared = at.shape.heads / at.shape.kv_heads;
   const auto keys = [&](int split) {
     if (split >= last) return Ahead();
-    return Ahead(at.layer.key, at.dim, {0, std::min(kTile, at.layer.block_size), at.spot(int64_t{split} * kSplitSlots)});
+    const Spot spot = at.spot(int64_t{split} * kSplitSlots);
+    return Ahead(at.layer.key, at.dim, {0, std::min(kTile, at.layer.block_size), spot});
   };
   keys(first).ask_all();
   for (int base = 0; base < shared; base += kMaxShared) {

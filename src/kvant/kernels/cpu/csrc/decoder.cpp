@@ -13,7 +13,7 @@ constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache 
 constexpr int kSplitsAtOnce = 2;       // of a context, in one unit of work for several threads
 constexpr int64_t kHeadsWritten = 4;   // side by side where there is one token
 constexpr int64_t kPartColumns = 512;  // at least so many a part of a panel's inputs has
-constexpr int64_t kPanelNumbers = 24;  // of 64 columns of a panel's inputs at most: 4 rounds of 4 steps, a start, a scale
+constexpr int64_t kPanelNumbers = 24;  // of 64 columns of a panel's inputs at most: 4 rounds of 6
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -199,8 +199,8 @@ void Step::write_side(const KvLayer& cache, const Side& side, int dim, const flo
     if (failed >> n & 1) bad[entries[n].token] = 1;
 }
 
-// Units of attention: of decodes a token, a KV head and up to `at_once` splits; or, with none of these, of prompts a tile
-// of tokens and a KV head.
+// Units of attention: of decodes a token, a KV head and up to `at_once` splits; or, with none of these, of prompts a
+// tile of tokens and a KV head.
 int64_t Step::plan(const AttentionShape& shape, const Batch& batch, int lead, int at_once, Unit* units) {
   const int shared = shape.heads / shape.kv_heads, tile = std::max(1, kTileRows / shared);
   int64_t count = 0;

@@ -29,7 +29,7 @@ struct PanelInput {
   int32_t height;
 };
 
-// An element that is so large that the codes of its group would be coarse: it is left out of them. Column -1: there is none.
+// An element that is so large that the codes of its group would be coarse: it is left out of them. Column -1: none is.
 struct Outlier {
   float value;
   int32_t column;

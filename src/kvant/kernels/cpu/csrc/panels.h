@@ -55,8 +55,8 @@ struct Column {
   }
 };
 
-// What the inputs' outliers make of the products of `tokens` tokens from `first` on. Most tokens have theirs in the same
-// column, so the last one is kept.
+// What the inputs' outliers make of the products of `tokens` tokens from `first` on. Most tokens have theirs in the
+// same column, so the last one is kept.
 template <int M, int NB>
 inline void add_outliers(const Weight& w, const Input& in, int first, int tokens, Blocks blocks, Column<NB>& held,
                          F8 (&y)[M][NB]) {
@@ -155,8 +155,8 @@ inline I8 panel_numbers(const int8_t* first, const int8_t* second) {
   return as<I8>(__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
 }
 
-// A round's codes of a tile's tokens, `padded` apart, step by step. Behind the last step, up to three numbers are written
-// where the scales come later.
+// A round's codes of a tile's tokens, `padded` apart, step by step. Behind the last step, up to three numbers are
+// written where the scales come later.
 template <int Height>
 inline void panel_codes(const int8_t* first, const int8_t* second, int padded, int tokens, const Cut& cut,
                         int32_t* out) {

@@ -315,7 +315,7 @@ inline B32 broadcast4(const int8_t* p) {
 //
 // Or, of sums that fit 16 bits, `add_scaled` adds their products with scale * other / 2^15, rounded, and a lane holds
 // kUnits sums apart: with two, bytes 0 and 1 of a lane, scales and starts are in the lower 16 bits of one number, bytes
-// 2 and 3 in the upper. What does not fit wraps around. `other` is what `scale_of` made of a number that is not negative.
+// 2 and 3 in the upper. What does not fit wraps around. `other` is what `scale_of` made of a number of at least 0.
 struct Dot {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
   static constexpr int kUnits = 1;

@@ -18,9 +18,9 @@ enum WeightKind : int32_t { kWeightF32, kWeightF16, kWeightBF16, kWeightU4, kWei
 //   floats  [row block][column][8]
 //   U4      [row block][group of 32][4 steps of 8 columns][8 rows][4]: columns 0-3 in low nibbles, 4-7 in high ones
 //   U8      [row block][group of 32][8 steps of 4 columns][8 rows][4]
-// Scales are float16 [row block][columns / group, rounded up][8]; a group is 16 or 32 * 2^n columns. Biases are float16,
-// zeros 8 bits, both as scales: value = code * scale + bias, or (code - zero) * scale, with a zero of 8 or 128 where
-// there are neither. Stored column c is input order[c], or input c where there is no order.
+// Scales are float16 [row block][columns / group, rounded up][8]; a group is 16 or 32 * 2^n columns. Biases are
+// float16, zeros 8 bits, both as scales: value = code * scale + bias, or (code - zero) * scale, with a zero of 8 or 128
+// where there are neither. Stored column c is input order[c], or input c where there is no order.
 struct Weight {
   int32_t kind, rows, columns, group;
   const void* codes;

@@ -94,8 +94,8 @@ using Weights = int16_t[kMaxGroups][kTile];  // narrow ones: two tokens' bytes, 
 // Whether a value's codes meet narrow weights.
 inline bool has_narrow_weights(const Side& side, int dim) { return is_4bit(side.kind) && dim / groups_of(side) >= 32; }
 
-// What is added to weights before they are rounded down, less a half: each of 64 slots has its own 64th, in an order that
-// spreads any few. So small weights are not all lost beside a large one, but some of them count as 1.
+// What is added to weights before they are rounded to nearest, -1/2 to 1/2: each of 64 slots has its own, in an order
+// that spreads any few. So small weights are not all lost beside a large one, but some of them count as 1.
 struct Dither {
   alignas(32) float of[kTile];
   constexpr Dither() : of() {
