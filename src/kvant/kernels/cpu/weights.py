@@ -164,7 +164,7 @@ def _packed(native: Native, kind: int, data: Tensor, columns: int, row_bytes: in
         source, target = data[first:].data_ptr(), out.data_ptr() + first * row_bytes
         native.library.kvant_pack(kind, source, count, columns, target)
 
-    for_each(pack_some, range(0, rows, _ROWS_AT_ONCE), native.threads)
+    for_each(pack_some, range(0, rows, _ROWS_AT_ONCE), rows * columns, native.threads)
     return out
 
 

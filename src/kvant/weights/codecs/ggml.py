@@ -44,5 +44,5 @@ def decode_ggml(
         values = dequantize(stored[first : first + step], kind)
         rows[first : first + step] = torch.from_numpy(np.array(values, dtype=np.float32))
 
-    for_each(decode, range(0, rows.shape[0], step), torch.get_num_threads())
+    for_each(decode, range(0, rows.shape[0], step), rows.numel(), torch.get_num_threads())
     return out

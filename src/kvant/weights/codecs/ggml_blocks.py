@@ -68,7 +68,7 @@ def pack_ggml(data: Array, kind: Kind, shape: tuple[int, ...]) -> PackedWeight |
                 target = plane[first : first + step]
                 target[:] = part.reshape(target.shape)
 
-    for_each(unpack, range(0, rows, step), torch.get_num_threads())
+    for_each(unpack, range(0, rows, step), rows * columns, torch.get_num_threads())
     # Nothing is lost below float16's normal range: a product of a float16 and an integer is a multiple of 2^-24.
     if not all(np.isfinite(plane).all() for plane in affine):
         return None
