@@ -121,6 +121,28 @@ struct Softmax {
   }
 };
 
+// Makes of scores weights times the values' scales, and adds up the weights and what they make of the values' shifts.
+// Returns the largest.
+template <int Groups, class Count>
+inline float scale_weights(const float* scores, const Steps& steps, Count count, Softmax& softmax, F8* shifts,
+                           float (*scaled)[kTile]) {
+  F8 top = all(0.0f), total = all(0.0f), shift[Groups] = {};
+  const F8 most = all(softmax.top);
+  for (int t = 0; t < count; t += 8) {
+    const F8 weight = power_of_two(load<F8>(scores + t) - most);
+    total += weight;
+    for (int g = 0; g < Groups; ++g) {
+      const F8 x = weight * load<F8>(steps.scale[g] + t);
+      shift[g] += weight * load<F8>(steps.shift[g] + t);
+      top = larger(top, x);
+      store(scaled[g] + t, x);
+    }
+  }
+  softmax.sums += total;
+  for (int g = 0; g < Groups; ++g) shifts[g] += shift[g];
+  return largest(top);
+}
+
 inline void mask_scores(float* scores, int from, int to, int count) {
   std::fill(scores, scores + from, kNever);
   std::fill(scores + to, scores + count, kNever);

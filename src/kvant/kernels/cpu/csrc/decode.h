@@ -175,7 +175,8 @@ struct Mixed {
 
   void add_codes(const Place& at, const Span& it, const Run& run, int heads, Scores& scores, Ahead next) {
     const Side& value = at.layer.value;
-    const Steps steps(value, at.kv_head, run, it.from, it.to);
+    const Steps steps(value, at.kv_head, meta_at(value, run.spot), run.end - run.begin, it.from - run.begin,
+                      it.to - run.begin);
     const bool narrow = has_narrow_weights(value, at.dim);
     alignas(32) Weights weights[kMaxShared];
     float units[kMaxShared];
@@ -222,7 +223,8 @@ struct Mixed {
     const float most = narrow ? kTopNarrow : kTopWide;
     const int slot = static_cast<int>((it.first + first) % kTile);
     for (int h = 0; h < heads; ++h)
-      units[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, h, scaled[h]) / most;
+      units[h] =
+          scale_weights<Groups>(scores.of(h) + first, steps, count, softmax[h], shifts[h], scaled[h]) / most;
     for (int h = 0; h < heads; ++h) {
       const F8 inverse = all(units[h] > 0 ? 1.0f / units[h] : 0.0f);
       for (int g = 0; g < Groups; ++g) {
@@ -234,26 +236,6 @@ struct Mixed {
           for (int t = 0; t < count; t += 8) store_words(out + t, to_int(load<F8>(x + t) * inverse));
       }
     }
-  }
-
-  // Returns the largest.
-  template <int Groups, class Count>
-  float scale_weights(const float* scores, const Steps& steps, Count count, int h, float (*scaled)[kTile]) {
-    F8 top = all(0.0f), total = all(0.0f), shift[Groups] = {};
-    const F8 most = all(softmax[h].top);
-    for (int t = 0; t < count; t += 8) {
-      const F8 weight = power_of_two(load<F8>(scores + t) - most);
-      total += weight;
-      for (int g = 0; g < Groups; ++g) {
-        const F8 x = weight * load<F8>(steps.scale[g] + t);
-        shift[g] += weight * load<F8>(steps.shift[g] + t);
-        top = larger(top, x);
-        store(scaled[g] + t, x);
-      }
-    }
-    softmax[h].sums += total;
-    for (int g = 0; g < Groups; ++g) shifts[h][g] += shift[g];
-    return largest(top);
   }
 };
 

@@ -40,29 +40,27 @@ inline Step8 read_steps(const Side& side, int kv_head, const uint16_t* words, in
   }
 }
 
-// Steps of a run's vectors; 0 for those outside of the span [from, to), whose words may be anything.
+// Steps of `count` vectors whose words are given; 0 for those outside of [from, to), whose words may be anything.
 struct Steps {
   alignas(32) float scale[kMaxGroups][kTile], shift[kMaxGroups][kTile];
 
-  Steps(const Side& side, int kv_head, const Run& run, int from, int to) {
-    const int groups = groups_of(side);
+  Steps(const Side& side, int kv_head, const uint16_t* words, int count, int from, int to) {
+    const int groups = groups_of(side), width = meta_words(side);
     if (side.kind == kVectorGrouped4 && groups == 2)
-      fill(side, run, groups, [](const uint16_t* words, int g) { return split_words(words_of(words, 2, g)); });
+      fill(words, width, count, groups, [](const uint16_t* w, int g) { return split_words(words_of(w, 2, g)); });
     else
-      fill(side, run, groups, [&](const uint16_t* words, int g) { return read_steps(side, kv_head, words, g); });
+      fill(words, width, count, groups, [&](const uint16_t* w, int g) { return read_steps(side, kv_head, w, g); });
     for (int g = 0; g < groups; ++g)
       for (float* x : {scale[g], shift[g]}) {
-        std::fill(x, x + std::max(0, from - run.begin), 0.0f);
-        std::fill(x + std::min(to, run.end) - run.begin, x + run.end - run.begin, 0.0f);
+        std::fill(x, x + std::max(0, from), 0.0f);
+        std::fill(x + std::min(to, count), x + count, 0.0f);
       }
   }
 
  private:
   template <class Read>
-  void fill(const Side& side, const Run& run, int groups, Read read) {
-    const int width = meta_words(side);
-    const uint16_t* words = meta_at(side, run.spot);
-    for (int t = 0; t < run.end - run.begin; t += 8, words += 8 * width)
+  void fill(const uint16_t* words, int width, int count, int groups, Read read) {
+    for (int t = 0; t < count; t += 8, words += 8 * width)
       for (int g = 0; g < groups; ++g) {
         const Step8 step = read(words, g);
         store(scale[g] + t, step.scale);

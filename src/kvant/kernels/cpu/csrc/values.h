@@ -108,9 +108,14 @@ struct Dither {
 };
 constexpr Dither kDither;
 
-// Eight weights, of at most kTopNarrow once they are divided by their unit.
+// Eight weights, of at most kTopNarrow once they are divided by their unit, not rounded yet.
+inline F8 dithered(F8 weights, F8 inverse, int slot) {
+  return weights * inverse + load<F8>(kDither.of + slot % kTile);
+}
+
+// The same, rounded: two tokens' bytes, twice.
 inline void store_narrow(int16_t* p, F8 weights, F8 inverse, int slot) {
-  const F8 steps = weights * inverse + load<F8>(kDither.of + slot % kTile);
+  const F8 steps = dithered(weights, inverse, slot);
 #if defined(__AVX2__)
   const __m256i places = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 0, 4, 8, 12, 8, 12, 0, 4, 0, 4, 8, 12, 8, 12));
   const __m256i bytes = _mm256_shuffle_epi8((__m256i)(steps + all(kWhole)), places);  // the lowest of each number
