@@ -7,9 +7,9 @@
 
 namespace kvant::KVANT_ISA {
 
-constexpr int kRowsAtOnce = 6;
-constexpr int kLanes16 = 16;         // tokens or dims whose dots stay in registers: two vectors
-constexpr int kStepsAtOnce = 8;      // of four codes each, that `Dot` adds up
+constexpr int kRowTile = 6;
+constexpr int kPanelLanes = 16;  // tokens or dims whose dots stay in registers: two vectors
+constexpr int kStepsAtOnce = 8;  // of four codes each, that `Dot` adds up
 constexpr int kTileSteps = kTile / 4;
 constexpr int kCodeWidth = 4 * kStepsAtOnce;  // tokens that a tile's weights come in
 
@@ -21,11 +21,17 @@ inline bool attends_by_codes(const Place& at) {
 
 // A tile's codes and words of one side, put together; those of tokens outside of it are zero.
 struct Gathered {
-  alignas(32) uint8_t codes[kTile * kMaxHeadDim / 2] = {};
-  alignas(32) uint16_t words[kTile * kMaxGroups] = {};
+  alignas(32) uint8_t codes[kTile * kMaxHeadDim / 2];
+  alignas(32) uint16_t words[kTile * kMaxGroups];
 
   Gathered(const Place& at, const Side& side, const TileRows& it) {
     const int pitch = code_bytes(side, at.dim), width = meta_words(side);
+    const auto clear = [&](int begin, int end) {
+      std::fill(codes + begin * pitch, codes + end * pitch, uint8_t{0});
+      std::fill(words + begin * width, words + end * width, uint16_t{0});
+    };
+    clear(0, it.from);
+    clear(it.to, kTile);
     for (int i = 0; i < it.count; ++i) {
       const auto [begin, end, spot] = it.runs[i];
       std::memcpy(codes + begin * pitch, codes_at<uint8_t>(side, at.dim, spot), (end - begin) * pitch);
@@ -42,7 +48,7 @@ inline void spread_keys(const uint8_t* rows, int dim, uint8_t* out) {
     for (int b = 0; b < pitch; b += 16) {
       B32 lanes[4];
       lanes_of_rows(rows + t * pitch + b, pitch, lanes);
-      uint8_t* to = out + ((t / kLanes16 * steps + b / 2) * 2 + t / 8 % 2) * 32;
+      uint8_t* to = out + ((t / kPanelLanes * steps + b / 2) * 2 + t / 8 % 2) * 32;
       for (int j = 0; j < 4; ++j, to += 128) {
         store(to, lanes[j] & 15);
         store(to + 64, as<B32>(as<U8>(lanes[j]) >> 4) & 15);
@@ -106,18 +112,18 @@ struct CodeTile {
 // of eight lanes at a time. Codes are unsigned, or else the rows' numbers are.
 template <int Steps, int Pitch, bool Unsigned, class Use>
 inline void code_dots(const uint8_t* codes, const int8_t* x, Use use) {
-  Dot dots[kRowsAtOnce][2];
+  Dot dots[kRowTile][2];
   for (int first = 0; first < Steps; first += kStepsAtOnce) {
     KVANT_UNROLL
     for (int s = 0; s < kStepsAtOnce; ++s, codes += 64, x += 4) {
       const B32 c[2] = {load<B32>(codes), load<B32>(codes + 32)};
-      for (int m = 0; m < kRowsAtOnce; ++m) {
+      for (int m = 0; m < kRowTile; ++m) {
         const B32 a = broadcast4(x + m * Pitch);
         for (int b = 0; b < 2; ++b) Unsigned ? dots[m][b].add(c[b], a) : dots[m][b].add(a, c[b]);
       }
     }
   }
-  for (int m = 0; m < kRowsAtOnce; ++m)
+  for (int m = 0; m < kRowTile; ++m)
     for (int b = 0; b < 2; ++b) use(m, b, dots[m][b].total());
 }
 
@@ -142,8 +148,8 @@ class CodeRows {
 
   void attend(const Place& at, const TileRows& it, Rows& rows) {
     const CodeTile tile(at, it);
-    for (int first = 0; first < rows.count; first += kRowsAtOnce) {
-      const int last = std::min(rows.count, first + kRowsAtOnce) - 1;
+    for (int first = 0; first < rows.count; first += kRowTile) {
+      const int last = std::min(rows.count, first + kRowTile) - 1;
       const int from = rows.seen(at, it, first).from, to = rows.seen(at, it, last).to;
       if (from < to) attend_rows(at, it, tile, rows, first, last + 1, (to + kCodeWidth - 1) & -kCodeWidth);
     }
@@ -170,11 +176,11 @@ class CodeRows {
   alignas(32) int8_t queries_[kTileRows][kMaxHeadDim] = {};
   float step_[kTileRows][kMaxGroups] = {}, sum_[kTileRows][kMaxGroups] = {};
   F8 shifts_[kTileRows][kMaxGroups] = {};  // what the weights made of the values' shifts
-  // Of the rows at hand; those of rows behind the last stay zero.
-  alignas(32) float scores_[kRowsAtOnce][kTile];
-  alignas(32) int8_t weights_[kMaxGroups][kRowsAtOnce][kTile] = {};
-  float units_[kRowsAtOnce] = {};
-  bool seen_[kRowsAtOnce];
+  // Of the six rows at hand. Behind a tile's last row they are anything, and so become sums that nobody uses.
+  alignas(32) float scores_[kRowTile][kTile];
+  alignas(32) int8_t weights_[kMaxGroups][kRowTile][kTile] = {};
+  float units_[kRowTile] = {};
+  bool seen_[kRowTile] = {};
 
   template <class Reorder>
   static void reorder(float* x, int dim, Reorder two) {
@@ -200,7 +206,7 @@ class CodeRows {
 
   // What the keys' centre and their shifts make of the scores of rows [first, last).
   void start_scores(const Place& at, const CodeTile& tile, const Rows& rows, int first, int last) {
-    alignas(32) float weights[kRowsAtOnce][kMaxOrder];
+    alignas(32) float weights[kRowTile][kMaxOrder];
     const int order = at.layer.key.centre ? at.layer.key.order : 0;
     for (int row = first; order && row < last; ++row)
       centre_weights(at, tile, rows.inner + row * at.dim, weights[row - first]);
@@ -232,7 +238,7 @@ class CodeRows {
   void add_scores(const Place& at, const CodeTile& tile, int first, int width) {
     const int groups = groups_of(at.layer.key), steps = at.dim / 4;
     const uint8_t* codes = tile.keys;
-    for (int t = 0; t < width; t += kLanes16)
+    for (int t = 0; t < width; t += kPanelLanes)
       for (int s = 0; s < steps; s += kStepsAtOnce, codes += kStepsAtOnce * 64) {
         const int g = s * groups / steps;
         const F8 scale[2] = {load<F8>(tile.key_steps.scale[g] + t), load<F8>(tile.key_steps.scale[g] + t + 8)};
@@ -259,11 +265,13 @@ class CodeRows {
   // Turns scores into rounded weights.
   template <int Groups, class Count>
   void weigh(const CodeTile& tile, Rows& rows, int first, int last, Count width) {
-    alignas(32) float scaled[kRowsAtOnce][Groups][kTile];
-    for (int row = first, m = 0; row < last; ++row, ++m)
-      units_[m] = !seen_[m] ? 0.0f
-                            : scale_weights<Groups>(scores_[m], tile.value_steps, width, rows.softmax[row],
-                                                    shifts_[row], scaled[m]) / kTopNarrow;
+    alignas(32) float scaled[kRowTile][Groups][kTile];
+    for (int row = first, m = 0; row < last; ++row, ++m) {
+      float top = 0;
+      if (seen_[m])
+        top = scale_weights<Groups>(scores_[m], tile.value_steps, width, rows.softmax[row], shifts_[row], scaled[m]);
+      units_[m] = top / kTopNarrow;
+    }
     for (int m = 0; m < last - first; ++m)
       for (int g = 0; g < Groups; ++g) round_weights(scaled[m][g], width, m, weights_[g][m]);
   }
@@ -285,7 +293,7 @@ class CodeRows {
   void add_values(const Place& at, const CodeTile& tile, float* sums, int width) const {
     const int size = at.dim / groups_of(at.layer.value);
     const uint8_t* codes = tile.values;
-    for (int d = 0; d < at.dim; d += kLanes16, codes += kTileSteps * 64) {
+    for (int d = 0; d < at.dim; d += kPanelLanes, codes += kTileSteps * 64) {
       const auto add = [&](int m, int b, I8 dots) { add_scaled(dots, units_[m], sums + m * at.dim + d + 8 * b); };
       const int8_t* weights = weights_[d / size][0];
       width == kTile ? code_dots<kTileSteps, kTile, false>(codes, weights, add)
