@@ -35,7 +35,7 @@ _CACHE_CONSTANTS = (
     *(f".{vector}_proj.output_scale" for vector in ("q", "k", "v")),
     *(".kv_scale", ".k_proj.k_bias", ".v_proj.v_bias", "attn.prob_output_scale"),
 )
-_ELEMENTS_AT_ONCE = 1 << 25  # of layers that are read side by side: for a moment they take their memory twice
+_ELEMENTS_AT_ONCE = 1 << 23  # of layers that are read side by side: for a moment they take their memory twice
 CHECKPOINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
