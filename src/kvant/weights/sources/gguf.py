@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +18,12 @@ from kvant.models.families import FAMILIES, Family, Names
 from kvant.weights.source import TensorSource
 
 try:
-    import gguf  # noqa: F401
+    from gguf import GGUFReader, GGUFValueType
 except ImportError as error:
     raise MissingDependencyError("reading GGUF files needs the gguf package: pip install gguf") from error
 
 from kvant.weights.codecs.ggml import decode_ggml
 from kvant.weights.codecs.ggml_blocks import pack_ggml, packed_bits
-from kvant.weights.sources.gguf_file import read_gguf
 
 _KEYS = {
     "block_count": "num_hidden_layers",
@@ -41,16 +42,61 @@ _KEYS = {
 }
 
 
+class _PlainReader(GGUFReader):
+    """The package's reader over a plain view of its memory map: slicing a numpy.memmap object is four times slower."""
+
+    @property  # type: ignore[override]
+    def data(self) -> np.ndarray[Any, Any]:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.ndarray[Any, Any]) -> None:
+        self._data = np.asarray(mapped).view(np.ndarray)
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[np.ndarray[Any, Any]], list[int], list[GGUFValueType]]:
+        """As the package's; arrays, such as a vocabulary, in a tenth of its time."""
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        item, start = GGUFValueType(int(kind[0])), orig_offs + 12
+        types = [GGUFValueType.ARRAY, item] if count[0] else [GGUFValueType.ARRAY]
+        if item == GGUFValueType.STRING:
+            size, parts = self._strings(start, int(count[0]))
+            return 12 + size, [kind, count, *parts], list(range(3, 2 + len(parts), 2)), types
+        if item not in self.gguf_scalar_to_np:
+            return super()._get_field_parts(orig_offs, raw_type)
+        values = self._get(start, self.gguf_scalar_to_np[item], int(count[0]))
+        parts = [values[i : i + 1] for i in range(len(values))]
+        return 12 + values.nbytes, [kind, count, *parts], list(range(2, 2 + len(parts))), types
+
+    def _strings(self, start: int, count: int) -> tuple[int, list[np.ndarray[Any, Any]]]:
+        """The bytes that so many strings take, and for each its length, as it is stored, and its text."""
+        data, begin, parts = self._data, start, []
+        raw = data.data
+        order: Literal["little", "big"] = "little" if (sys.byteorder == "little") == (self.byte_order == "I") else "big"
+        for _ in range(count):
+            text = begin + 8
+            end = text + int.from_bytes(raw[begin:text], order)
+            if end > len(data):
+                raise ValueError(f"the string at byte {begin} reaches beyond the file's end")
+            parts += [data[begin:text], data[text:end]]
+            begin = end
+        return begin - start, parts
+
+
 class GgufSource(TensorSource):
     """One .gguf file of a family that kvant knows."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            file = read_gguf(path)
-        except (ValueError, OSError) as error:
+            reader = _PlainReader(path)
+        except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
             raise CorruptModelError(f"{path} is not a whole GGUF file: {error}") from error
-        self._tensors, self.metadata = file.tensors, file.metadata
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.metadata = {name: field.contents() for name, field in reader.fields.items()}
         self._refuse_what_is_not_one_dense_model()
         self._family = self._find_family()
         self.config = self._hf_config()
@@ -75,18 +121,19 @@ class GgufSource(TensorSource):
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
+        # GGUF lists the fastest dimension first.
+        return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self._tensors[name]
-        return decode_ggml(tensor.data, tensor.kind, tensor.shape, dtype)
+        return decode_ggml(tensor.data, tensor.tensor_type, self._shapes[name], dtype)
 
     def packed(self, name: str) -> PackedWeight | None:
         tensor = self._tensors[name]
-        return pack_ggml(tensor.data, tensor.kind, tensor.shape)
+        return pack_ggml(tensor.data, tensor.tensor_type, self._shapes[name])
 
     def packed_bits(self, name: str) -> float | None:
-        return packed_bits(self._tensors[name].kind)
+        return packed_bits(self._tensors[name].tensor_type)
 
     def names_of(self, family: Family) -> Names:
         return family.gguf_names
