@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -34,3 +35,10 @@ def test_a_full_slab_is_followed_by_another():
     arrays = [slabs.zeros((1 << 22,), torch.uint8) for _ in range(9)]
     assert len({array.untyped_storage().data_ptr() for array in arrays}) == 2
     assert slabs.zeros((0, 4), torch.float32).shape == (0, 4)
+
+
+def test_threads_that_ask_at_once_get_arrays_of_their_own():
+    slabs = Slabs()
+    with ThreadPoolExecutor(4) as pool:
+        arrays = list(pool.map(lambda _: slabs.zeros((3,), torch.int32), range(2000)))
+    assert len({array.data_ptr() for array in arrays}) == 2000

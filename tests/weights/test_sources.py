@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from kvant.errors import CorruptModelError, MemoryFitError, ModelNotFoundError, UnsupportedModelError
 from kvant.kernels.reference import ReferenceOps
 from kvant.models.families import model_spec
-from kvant.weights.load import generation_defaults, inspect_model, load_model, open_source
+from kvant.weights.load import WeightLoader, generation_defaults, inspect_model, load_model, open_source
+from kvant.weights.matrices import MatrixReader
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -61,6 +62,14 @@ def model(tmp_path: Path) -> Path:
     save_file(_tensors(CONFIG), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets PyTorch's threads for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def load(path: Path) -> None:
@@ -152,6 +161,24 @@ def test_a_truncated_gguf_is_refused(smollm2: Path, tmp_path: Path) -> None:
         file.write_bytes(whole.read(50 << 20))
     with pytest.raises(CorruptModelError, match="not a whole GGUF file"):
         open_source(file)
+
+
+def test_layers_read_side_by_side_are_those_read_one_by_one(model: Path, threads: Callable[[int], None]) -> None:
+    config = {**CONFIG, "num_hidden_layers": 7}
+    save_file(_tensors(config), model / "model.safetensors")
+    _configure(num_hidden_layers=7)(model)
+
+    def down_projections() -> list[torch.Tensor]:
+        source, ops = open_source(model), ReferenceOps()
+        matrices = MatrixReader(source, torch.float32, "auto", ops.packed_weights)
+        layers = WeightLoader(source, model_spec(source.config), matrices, ops).load().layers
+        return [layer.mlp.down.weight for layer in layers]
+
+    threads(1)
+    one_by_one = down_projections()
+    threads(3)
+    assert all(map(torch.equal, down_projections(), one_by_one))
+    assert torch.get_num_threads() == 3
 
 
 def test_a_list_of_layer_types_must_fit_the_layers(model: Path) -> None:

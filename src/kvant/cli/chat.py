@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvant.cli.flags import ModelArgument, engine_flags, option, sampling_flags
+from kvant.cli.loading import nothing_collected
 from kvant.config import EngineConfig
 from kvant.errors import RequestError
 
@@ -69,7 +70,7 @@ def _messages(system: str | None, query: str) -> list[dict[str, str]]:
 def _loaded(model: str | None, engine: EngineConfig) -> Pipeline:
     from rich.console import Console
 
-    with Console(stderr=True).status("loading the model and its engine"):
+    with nothing_collected(), Console(stderr=True).status("loading the model and its engine"):
         from kvant.pipelines import pipeline
 
         return pipeline(model, engine=engine)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvant.cli.flags import ModelArgument, engine_flags, option
+from kvant.cli.loading import nothing_collected
 from kvant.config import EngineConfig
 from kvant.errors import MissingDependencyError
 
@@ -54,10 +55,12 @@ def serve(
 
     bound = server.bind(host, port)
     typer.echo("loading the model and its engine", err=True)
-    from kvant.engine.async_engine import AsyncEngine
-    from kvant.serve.app import create_app
+    with nothing_collected():
+        from kvant.engine.async_engine import AsyncEngine
+        from kvant.serve.app import create_app
 
-    with closing(AsyncEngine.from_pretrained(model, engine)) as running:
+        loaded = AsyncEngine.from_pretrained(model, engine)
+    with closing(loaded) as running:
         names = served_model_name or [running.model_name]
         typer.echo(running.memory.describe(), err=True)
         if host not in _LOOPBACK and not api_key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 
 import numpy as np
 import torch
@@ -40,10 +41,11 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 class Slabs:
     """Arrays side by side in huge pages, so that a model's small matrices are read as fast as a large one.
 
-    A slab goes back to the system with the last of its arrays. One thread at a time asks for arrays.
+    A slab goes back to the system with the last of its arrays.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._slab = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
@@ -52,8 +54,9 @@ class Slabs:
         size = torch.Size(shape).numel() * dtype.itemsize
         if size > _SLAB // 4:
             return lazy_zeros(shape, dtype)
-        if self._used + size > len(self._slab):
-            self._slab, self._used = lazy_zeros((_SLAB,), torch.uint8), 0
-        array = self._slab[self._used : self._used + size].view(dtype).view(shape)
-        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return array
+        with self._lock:
+            if self._used + size > len(self._slab):
+                self._slab, self._used = lazy_zeros((_SLAB,), torch.uint8), 0
+            array = self._slab[self._used : self._used + size].view(dtype).view(shape)
+            self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+            return array

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvant.cache.memory import available_memory, device_memory
 from kvant.errors import CorruptModelError, MemoryFitError, UnsupportedModelError
+from kvant.formats.threads import map_each
 from kvant.formats.weight import PackedWeight
 from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.ops import Ops
@@ -34,6 +35,7 @@ _CACHE_CONSTANTS = (
     *(f".{vector}_proj.output_scale" for vector in ("q", "k", "v")),
     *(".kv_scale", ".k_proj.k_bias", ".v_proj.v_bias", "attn.prob_output_scale"),
 )
+_ELEMENTS_AT_ONCE = 1 << 23  # of layers that are read side by side: for a moment they take their memory twice
 CHECKPOINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -207,7 +209,15 @@ class WeightLoader:
         """All of them."""
         embedding = self.embedding()
         head = Linear(embedding) if self.spec.tied_embeddings else self.head()
-        return DecoderWeights(embedding, tuple(map(self.layer, range(len(self.spec.layers)))), self.norm(), head)
+        layers = map_each(self.layer, range(len(self.spec.layers)), self._layers_at_once())
+        return DecoderWeights(embedding, tuple(layers), self.norm(), head)
+
+    def _layers_at_once(self) -> int:
+        """Small layers are read side by side; of a large one, each matrix by all cores."""
+        fused = fused_linears(self.spec, self.names).values()
+        elements = sum(part.rows * linear.columns for linear in fused for part in linear.parts)
+        threads = torch.get_num_threads() if self.ops.device.type == "cpu" else 1
+        return max(1, min(threads, _ELEMENTS_AT_ONCE // elements))
 
     def embedding(self) -> Any:
         """The embedding matrix [vocab, hidden]."""

@@ -131,9 +131,11 @@ def _quantized(native: Native, weight: PackedWeight, group: int, slabs: Slabs) -
     kind, bits, planes = structs.KINDS[weight.format], weight.bits, weight.planes
     padded = -(-weight.in_features // _GROUP) * _GROUP
     spans = -(-padded // group)
-    q = F.pad(planes["q"].data, (0, padded * bits // 8 - planes["q"].data.shape[1]))
+    q, row_bytes = planes["q"].data, padded * bits // 8
+    if q.shape[1] < row_bytes:  # or else padding would copy it
+        q = F.pad(q, (0, row_bytes - q.shape[1]))
     memory = {
-        "codes": _packed(native, kind, q, padded, padded * bits // 8, slabs),
+        "codes": _packed(native, kind, q, padded, row_bytes, slabs),
         "scales": _by_block(planes["scale"].data.half(), spans, slabs),
     }
     if "bias" in planes:

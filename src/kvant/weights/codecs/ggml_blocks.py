@@ -77,14 +77,14 @@ def pack_ggml(data: Array, kind: Kind, shape: tuple[int, ...]) -> PackedWeight |
 
 def _half(blocks: Array, start: int) -> Array:
     """The float16 number at a byte of each block: [n, 1]."""
-    return np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16)
+    return blocks[:, start : start + 2].view(np.float16)
 
 
 def _pairs(codes: Array, width: int) -> Array:
     """4-bit codes whose low nibbles are `width` columns and whose high ones are the next: neighbours to one byte."""
-    two = np.ascontiguousarray(codes).view(np.uint16).reshape(len(codes), -1, 1, width // 2)
-    nibbles = (two >> np.array([[0], [4]], dtype=np.uint16)) & np.uint16(0x0F0F)
-    return (nibbles | nibbles >> 4).astype(np.uint8)
+    two, mask = np.ascontiguousarray(codes).view(np.uint16), np.uint16(0x0F0F)
+    halves = [(nibbles | nibbles >> 4).astype(np.uint8) for nibbles in (two & mask, two >> 4 & mask)]
+    return np.stack([half.reshape(len(codes), -1, width // 2) for half in halves], axis=2)
 
 
 def _nibbles(codes: Array, width: int) -> Array:

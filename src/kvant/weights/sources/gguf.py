@@ -61,29 +61,34 @@ class _PlainReader(GGUFReader):
             return super()._get_field_parts(orig_offs, raw_type)
         kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
         item, start = GGUFValueType(int(kind[0])), orig_offs + 12
-        types = [GGUFValueType.ARRAY, item] if count[0] else [GGUFValueType.ARRAY]
         if item == GGUFValueType.STRING:
-            size, parts = self._strings(start, int(count[0]))
-            return 12 + size, [kind, count, *parts], list(range(3, 2 + len(parts), 2)), types
-        if item not in self.gguf_scalar_to_np:
+            size, values = self._strings(start, int(count[0]))
+        elif item in self.gguf_scalar_to_np:
+            values = self._get(start, self.gguf_scalar_to_np[item], int(count[0]))
+            size = values.nbytes
+        else:
             return super()._get_field_parts(orig_offs, raw_type)
-        values = self._get(start, self.gguf_scalar_to_np[item], int(count[0]))
-        parts = [values[i : i + 1] for i in range(len(values))]
-        return 12 + values.nbytes, [kind, count, *parts], list(range(2, 2 + len(parts))), types
+        return 12 + size, [kind, count, values], [2], [GGUFValueType.ARRAY, item]
 
-    def _strings(self, start: int, count: int) -> tuple[int, list[np.ndarray[Any, Any]]]:
-        """The bytes that so many strings take, and for each its length, as it is stored, and its text."""
-        data, begin, parts = self._data, start, []
-        raw = data.data
+    def _strings(self, start: int, count: int) -> tuple[int, np.ndarray[Any, Any]]:
+        """The bytes that so many strings take, and the strings: one part, where the package makes two of each."""
+        raw, size, end, texts = self._data.data, len(self._data), start, []
         order: Literal["little", "big"] = "little" if (sys.byteorder == "little") == (self.byte_order == "I") else "big"
         for _ in range(count):
-            text = begin + 8
-            end = text + int.from_bytes(raw[begin:text], order)
-            if end > len(data):
+            begin = end + 8
+            end = begin + int.from_bytes(raw[end:begin], order)
+            if end > size:
                 raise ValueError(f"the string at byte {begin} reaches beyond the file's end")
-            parts += [data[begin:text], data[text:end]]
-            begin = end
-        return begin - start, parts
+            texts.append(str(raw[begin:end], "utf-8"))
+        return end - start, np.array(texts, dtype=object)
+
+    def metadata(self) -> dict[str, Any]:
+        """All fields as plain Python."""
+        strings = [GGUFValueType.ARRAY, GGUFValueType.STRING]
+        return {
+            name: field.parts[-1].tolist() if field.types == strings else field.contents()
+            for name, field in self.fields.items()
+        }
 
 
 class GgufSource(TensorSource):
@@ -96,7 +101,7 @@ class GgufSource(TensorSource):
         except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
             raise CorruptModelError(f"{path} is not a whole GGUF file: {error}") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+        self.metadata = reader.metadata()
         self._refuse_what_is_not_one_dense_model()
         self._family = self._find_family()
         self.config = self._hf_config()
