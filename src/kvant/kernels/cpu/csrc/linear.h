@@ -7,10 +7,10 @@
 
 namespace kvant::KVANT_ISA {
 
-#if defined(__AVX512VL__) || defined(__ARM_FEATURE_DOTPROD)
+#if defined(__AVX512VL__)
 constexpr int kTileBlocks = 4;  // 32 registers
 #else
-constexpr int kTileBlocks = 2;  // 16 registers
+constexpr int kTileBlocks = 2;  // 16 registers, or 32 of half the size
 #endif
 constexpr int kStreams = 4;  // of row blocks, where one token waits for memory more than it computes
 
