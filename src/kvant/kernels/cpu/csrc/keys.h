@@ -228,18 +228,18 @@ inline void add_float_scores(const typename Reader::Type* keys, int tokens, int 
                              float* scores, Ahead& next) {
   for (int t = 0; t < tokens; t += 4, keys += 4 * dim) {
     if (t % 8 == 0) next.ask();
-    F8 dots[Heads][4] = {};
+    Carried<F8> dots[Heads][4] = {};
     for (int i = 0; i < dim; i += 8) {
       F8 key[4];
       for (int j = 0; j < 4; ++j) key[j] = Reader::read(keys + j * dim + i);
       for (int h = 0; h < Heads; ++h) {
         const F8 q = load<F8>(queries + h * kMaxHeadDim + i);
-        for (int j = 0; j < 4; ++j) dots[h][j] += q * key[j];
+        for (int j = 0; j < 4; ++j) multiply_add(dots[h][j], q, key[j]);
       }
     }
     for (int h = 0; h < Heads; ++h) {
       float found[4];
-      sums4(dots[h], found);
+      sums4({dots[h][0], dots[h][1], dots[h][2], dots[h][3]}, found);
       for (int j = 0; j < 4; ++j) scores[h * kPitch + t + j] += found[j];
     }
   }

@@ -64,6 +64,18 @@ inline V of_halves(Q low, Q high) {
   store(reinterpret_cast<char*>(&v) + 16, high);
   return v;
 }
+
+// A vector that a loop hands on from round to round: gcc keeps whole ones in memory there.
+template <class V>
+struct Carried {
+  F4 low = {}, high = {};
+  Carried() = default;
+  inline Carried(V v) : low(half_of<F4, 0>(v)), high(half_of<F4, 1>(v)) {}
+  inline operator V() const { return of_halves<V>(low, high); }
+};
+#else
+template <class V>
+using Carried = V;
 #endif
 
 // What `body` makes of vectors lane by lane.
@@ -107,5 +119,14 @@ inline F4 larger(F4 a, F4 b) { return a > b ? a : b; }
 inline F4 smaller(F4 a, F4 b) { return a < b ? a : b; }
 inline I8 larger(I8 a, I8 b) { return a > b ? a : b; }
 #endif
+
+inline void multiply_add(Carried<F8>& to, F8 a, F8 b) {
+#if defined(__ARM_NEON)
+  to.low += half_of<F4, 0>(a) * half_of<F4, 0>(b);
+  to.high += half_of<F4, 1>(a) * half_of<F4, 1>(b);
+#else
+  to += a * b;
+#endif
+}
 
 }  // namespace kvant::KVANT_ISA

@@ -217,7 +217,7 @@ inline void add_wide(U16 sums, int vector, float unit, float* out) {
 template <int Heads, Codes Kind, class Count>
 inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* weights, int64_t pitch,
                      const float* units, float* sums, Ahead& next) {
-  I8 acc[Heads][kColumns] = {};
+  Carried<I8> acc[Heads][kColumns] = {};
   for (int t = 0; t < tokens; t += 2, rows += 2 * dim, weights += 2) {
     if (t % 8 == 0) next.ask();
     pair_rows<Kind>(rows, rows + dim, [&](int i, S16 pair) {
@@ -234,7 +234,7 @@ template <int Heads, class Count>
 inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, int64_t pitch,
                        const float* units, float* sums, Ahead& next) {
   for (int first = 0; first < tokens; first += kNarrowTokens) {
-    U16 acc[Heads][2] = {};
+    Carried<U16> acc[Heads][2] = {};
     const int stop = std::min<int>(first + kNarrowTokens, tokens);
     for (int t = first; t < stop; t += 2, rows += 2 * bytes, weights += 2) {
       if (t % 8 == 0) next.ask();
@@ -253,7 +253,7 @@ inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16
 // The same for one head and 4-bit codes in groups of 16 dims.
 inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* first, const int16_t* second,
                        float unit, float* sums, Ahead& next) {
-  I8 acc[kColumns] = {};
+  Carried<I8> acc[kColumns] = {};
   for (int t = 0; t < tokens; t += 2, rows += dim) {
     if (t % 8 == 0) next.ask();
     pair_rows<kCodes4>(rows, rows + dim / 2, [&](int i, S16 pair) {
@@ -270,7 +270,7 @@ inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* 
 template <int Heads, int Vectors, class Reader>
 inline void add_columns(const typename Reader::Type* values, int dim, int tokens, const float* weights, float* sums,
                         Ahead& next) {
-  F8 acc[Heads][Vectors];
+  Carried<F8> acc[Heads][Vectors];
   for (int h = 0; h < Heads; ++h)
     for (int i = 0; i < Vectors; ++i) acc[h][i] = load<F8>(sums + h * kMaxHeadDim + 8 * i);
   for (int t = 0; t < tokens; ++t, values += dim) {
@@ -279,11 +279,11 @@ inline void add_columns(const typename Reader::Type* values, int dim, int tokens
     for (int h = 0; h < Heads; ++h) weight[h] = all(weights[h * kPitch + t]);
     for (int i = 0; i < Vectors; ++i) {
       const F8 value = Reader::read(values + 8 * i);
-      for (int h = 0; h < Heads; ++h) acc[h][i] += weight[h] * value;
+      for (int h = 0; h < Heads; ++h) multiply_add(acc[h][i], weight[h], value);
     }
   }
   for (int h = 0; h < Heads; ++h)
-    for (int i = 0; i < Vectors; ++i) store(sums + h * kMaxHeadDim + 8 * i, acc[h][i]);
+    for (int i = 0; i < Vectors; ++i) store<F8>(sums + h * kMaxHeadDim + 8 * i, acc[h][i]);
 }
 
 template <int Heads, class Reader>
