@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 # One thread: for the tests' small tensors a second one only waits, and on a busy machine it waits long.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint slow sanitize model clean
+.PHONY: help demo test lint slow sanitize neon model clean
 KERNELS := CMakeLists.txt $(wildcard src/kvant/kernels/cpu/csrc/*)
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make lint      linters and type checks only"
 	@echo "make slow      the tests that take longer"
 	@echo "make sanitize  the kernels' tests under AddressSanitizer and UBSan; needs CMake and g++"
+	@echo "make neon      the kernels' tests on an emulated ARM CPU: docs/notes/neon.md tells what that needs"
 	@echo "make clean     remove $(VENV) and everything that was built or cached here"
 	@echo "PYTHON=... picks the interpreter (3.11 or newer), VENV=... another place than .venv."
 
@@ -43,6 +44,17 @@ sanitize: $(VENV)/.dev
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 KVANT_CPU_LIBRARY="$$dir/_kernels.so" \
 	$(PYTEST) tests/test_parity.py tests/kernels
+
+# torch 2.9 has no indexing of 8-bit floats on ARM.
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_PYTHON ?= qemu-aarch64-static -cpu max,pauth-impdef=on -L $(ARM_ROOT) $(ARM_ROOT)/usr/bin/python3
+ARM_TESTS ?= (neon or generic) and not fp8 and not test_a_layer_without_a_kernel
+neon:
+	@dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; set -e; \
+	cmake -S . -B "$$dir" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM_CXX); \
+	cmake --build "$$dir" --parallel; \
+	KVANT_CPU_LIBRARY="$$dir/_kernels.so" PYTHONPATH=src:$(ARM_ROOT)/site OMP_NUM_THREADS=1 \
+	$(ARM_PYTHON) -m pytest tests/test_parity.py tests/kernels --ignore=tests/kernels/triton -k "$(ARM_TESTS)"
 
 model: $(VENV)/.kvant
 	@$(BIN)/kvant models pull smollm2

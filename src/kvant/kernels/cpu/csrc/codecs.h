@@ -119,13 +119,13 @@ inline void decode_vector(const Side& side, int head, int dim, Spot spot, float*
     case kVectorAffine8:
       scale = from_half(meta[0]), shift = from_half(meta[1]);
       for (int i = 0; i < dim; i += 8)
-        store(x + i, to_float(__builtin_convertvector(load<B8>(codes + i), I8)) * all(scale) + all(shift));
+        store(x + i, to_float(wide_bytes(codes + i)) * all(scale) + all(shift));
       return;
     default: {
-      typedef int8_t Signs __attribute__((vector_size(8)));
+      const auto signs = reinterpret_cast<const int8_t*>(codes);
       scale = side.kind == kVectorStatic8 ? side.scale[head] : from_half(meta[0]);
       for (int i = 0; i < dim; i += 8)
-        store(x + i, to_float(__builtin_convertvector(load<Signs>(codes + i), I8)) * all(scale));
+        store(x + i, to_float(wide_bytes(signs + i)) * all(scale));
     }
   }
 }

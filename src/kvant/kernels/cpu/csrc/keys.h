@@ -10,13 +10,26 @@ constexpr int kPad = kTile;       // floats before and behind a span's scores th
 constexpr int kPitch = kPad + kSpan + kPad;
 constexpr int kHeadsAtOnce = 8;
 
+#if defined(__ARM_NEON)
+constexpr bool kSplitQueries = true;
+#else
+constexpr bool kSplitQueries = false;
+#endif
+
 // A query for integer dots. Codes: in 8 bits the even ones of eight dims, then the odd ones; in 15 bits dims 0, 2, 1,
-// 3.
+// 3. Split ones, for dots of bytes, are the lower 7 bits of eight dims, then the upper 8, and meet unsigned codes less
+// 128: `start` is what that leaves out.
 struct IntegerQuery {
   alignas(32) int8_t narrow[kMaxHeadDim];
   alignas(32) int16_t wide[kMaxHeadDim];
   float step[kMaxGroups], sum[kMaxGroups];
+  int32_t start[kMaxGroups];
 };
+
+inline void store_split(int8_t* p, I8 codes) {
+  store_bytes(p, codes & 127);
+  store_bytes(p + 8, codes >> 7);
+}
 
 // Whether the loops below take this side's codes; others are decoded to floats first.
 inline bool key_is_integer(const Side& side, int dim) {
@@ -38,9 +51,12 @@ inline void quantize_query(const Side& side, const float* q, int dim, IntegerQue
       added += codes;
       if (is_4bit(side.kind))
         store_bytes(out->narrow + i, __builtin_shufflevector(codes, codes, 0, 2, 4, 6, 1, 3, 5, 7));
+      else if (kSplitQueries)
+        store_split(reinterpret_cast<int8_t*>(out->wide + i), codes);
       else
         store_words(out->wide + i, __builtin_shufflevector(codes, codes, 0, 2, 1, 3, 4, 6, 5, 7));
     }
+    if (kSplitQueries) out->start[g] = 128 * sum(added);
     out->step[g] = step;
     out->sum[g] = step * sum(to_float(added));
   }
@@ -84,6 +100,11 @@ inline void lanes_of_rows(const uint8_t* rows, int64_t pitch, B32 (&out)[4]) {
   out[1] = (B32)_mm256_unpackhi_epi64(a, c);
   out[2] = (B32)_mm256_unpacklo_epi64(b, d);
   out[3] = (B32)_mm256_unpackhi_epi64(b, d);
+#elif defined(__ARM_NEON)
+  F4 low[4], high[4];
+  for (int i = 0; i < 4; ++i) low[i] = load<F4>(rows + i * pitch), high[i] = load<F4>(rows + (i + 4) * pitch);
+  transpose4(low), transpose4(high);
+  for (int j = 0; j < 4; ++j) out[j] = of_halves<B32>(low[j], high[j]);
 #else
   for (int j = 0; j < 4; ++j) {
     I8 lanes;
@@ -121,11 +142,27 @@ inline void add_dots4(const uint8_t* rows, int64_t pitch, const IntegerQuery* qu
   for (int h = 0; h < Heads; ++h) totals[h] += dots[h].total();
 }
 
+// The same of 8-bit rows, signed or less 128, with split queries over 16 dims.
+template <int Heads, bool Signed>
+inline void add_dots_split(const B32 (&codes)[4], const IntegerQuery* queries, int dim, I8 (&totals)[Heads]) {
+  for (int part = 0; part < 2; ++part) {
+    Dot dots[Heads];
+    for (int j = 0; j < 4; ++j) {
+      const B32 c = Signed ? codes[j] : codes[j] ^ 128;
+      const int64_t at = 2 * dim + j / 2 * 16 + part * 8 + j % 2 * 4;
+      for (int h = 0; h < Heads; ++h)
+        dots[h].add(c, broadcast4(reinterpret_cast<const int8_t*>(queries[h].wide) + at));
+    }
+    for (int h = 0; h < Heads; ++h) totals[h] += dots[h].total() << 7 * part;
+  }
+}
+
 // Dots of eight 8-bit rows with queries over 16 dims.
 template <int Heads, bool Signed>
 inline void add_dots8(const uint8_t* rows, int64_t pitch, const IntegerQuery* queries, int dim, I8 (&totals)[Heads]) {
   B32 codes[4];
   lanes_of_rows(rows, pitch, codes);
+  if constexpr (kSplitQueries) return add_dots_split<Heads, Signed>(codes, queries, dim, totals);
   for (int j = 0; j < 4; ++j) {
     const S16 both = as<S16>(codes[j]);
     S16 even, odd;
@@ -157,6 +194,8 @@ inline void add_code_scores(const Side& side, int kv_head, int head_dim, const R
 #pragma GCC unroll 4
     for (int g = 0; g < groups; ++g) {
       I8 totals[Heads] = {};
+      if constexpr (kSplitQueries && Kind == kUnsigned8)
+        for (int h = 0; h < Heads; ++h) totals[h] = all(queries[h].start[g]);
 #pragma GCC unroll 4
       for (int b = 0; b < bytes; b += 16) {
         const int at = g * bytes + b;
@@ -189,18 +228,18 @@ inline void add_float_scores(const typename Reader::Type* keys, int tokens, int 
                              float* scores, Ahead& next) {
   for (int t = 0; t < tokens; t += 4, keys += 4 * dim) {
     if (t % 8 == 0) next.ask();
-    F8 dots[Heads][4] = {};
+    Carried<F8> dots[Heads][4] = {};
     for (int i = 0; i < dim; i += 8) {
       F8 key[4];
       for (int j = 0; j < 4; ++j) key[j] = Reader::read(keys + j * dim + i);
       for (int h = 0; h < Heads; ++h) {
         const F8 q = load<F8>(queries + h * kMaxHeadDim + i);
-        for (int j = 0; j < 4; ++j) dots[h][j] += q * key[j];
+        for (int j = 0; j < 4; ++j) multiply_add(dots[h][j], q, key[j]);
       }
     }
     for (int h = 0; h < Heads; ++h) {
       float found[4];
-      sums4(dots[h], found);
+      sums4({dots[h][0], dots[h][1], dots[h][2], dots[h][3]}, found);
       for (int j = 0; j < 4; ++j) scores[h * kPitch + t + j] += found[j];
     }
   }

@@ -7,10 +7,10 @@
 
 namespace kvant::KVANT_ISA {
 
-#if defined(__AVX512VL__) || defined(__ARM_FEATURE_DOTPROD)
+#if defined(__AVX512VL__)
 constexpr int kTileBlocks = 4;  // 32 registers
 #else
-constexpr int kTileBlocks = 2;  // 16 registers
+constexpr int kTileBlocks = 2;  // 16 registers, or 32 of half the size
 #endif
 constexpr int kStreams = 4;  // of row blocks, where one token waits for memory more than it computes
 
@@ -195,12 +195,12 @@ void dense_tile(const Linear& linear, const Input& in, int token, Blocks blocks,
   const Weight& w = linear.weight;
   const float* x[M];
   for (int m = 0; m < M; ++m) x[m] = in.x + static_cast<int64_t>(token + m) * w.columns;
-  F8 acc[M][NB] = {};
+  Carried<F8> acc[M][NB] = {};
   for (int64_t k = 0; k < w.columns; ++k) {
     F8 rows[NB];
     for (int b = 0; b < NB; ++b) rows[b] = dense_rows<Kind>(w.codes, (blocks[b] * int64_t{w.columns} + k) * kRowBlock);
     for (int m = 0; m < M; ++m)
-      for (int b = 0; b < NB; ++b) acc[m][b] += rows[b] * all(x[m][k]);
+      for (int b = 0; b < NB; ++b) multiply_add(acc[m][b], rows[b], all(x[m][k]));
   }
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)

@@ -30,7 +30,7 @@ inline int num_spans(const Weight& w, int padded) { return (padded + w.group - 1
 // What a code of 0 stands for, of 8 rows: the bias, or what a zero point of 8 bits makes of the scale, exactly.
 inline F8 bias_of(const Weight& w, int64_t at, F8 scale) {
   if (w.biases) return load_half(w.biases + at);
-  return -(to_float(__builtin_convertvector(load<B8>(w.zeros + at), I8)) * scale);
+  return -(to_float(wide_bytes(w.zeros + at)) * scale);
 }
 
 // NB row blocks' weights in one stored column.

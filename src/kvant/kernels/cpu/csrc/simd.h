@@ -2,68 +2,11 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
-#endif
-
-// Before a loop of up to 8 rounds with vectors in registers. Where the compiler takes vectors apart it only bloats.
-#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
-#define KVANT_UNROLL _Pragma("GCC unroll 8")
-#else
-#define KVANT_UNROLL
-#endif
+#include "lanes.h"
 
 namespace kvant::KVANT_ISA {
 
-typedef float F8 __attribute__((vector_size(32)));
-typedef float F4 __attribute__((vector_size(16)));
-typedef int32_t I8 __attribute__((vector_size(32)));
-typedef uint32_t U8 __attribute__((vector_size(32)));
-typedef int16_t S16 __attribute__((vector_size(32)));
-typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef uint16_t H8 __attribute__((vector_size(16)));
-typedef uint8_t B32 __attribute__((vector_size(32)));
-typedef uint8_t B8 __attribute__((vector_size(8)));
-
-template <class V, class P>
-inline V load(const P* p) {
-  V v;
-  std::memcpy(&v, p, sizeof(V));
-  return v;
-}
-
-template <class V, class P>
-inline void store(P* p, V v) {
-  std::memcpy(p, &v, sizeof(V));
-}
-
-template <class To, class From>
-inline To as(From v) {
-  static_assert(sizeof(To) == sizeof(From));
-  return load<To>(&v);
-}
-
-inline F8 all(float x) { return F8{x, x, x, x, x, x, x, x}; }
-inline I8 all(int32_t x) { return I8{x, x, x, x, x, x, x, x}; }
-inline F8 to_float(I8 x) { return __builtin_convertvector(x, F8); }
-#if defined(__AVX2__)
-inline F8 larger(F8 a, F8 b) { return (F8)_mm256_max_ps((__m256)a, (__m256)b); }
-inline F8 smaller(F8 a, F8 b) { return (F8)_mm256_min_ps((__m256)a, (__m256)b); }
-inline F4 larger(F4 a, F4 b) { return (F4)_mm_max_ps((__m128)a, (__m128)b); }
-inline F4 smaller(F4 a, F4 b) { return (F4)_mm_min_ps((__m128)a, (__m128)b); }
-inline I8 larger(I8 a, I8 b) { return (I8)_mm256_max_epi32((__m256i)a, (__m256i)b); }
-#else
-inline F8 larger(F8 a, F8 b) { return a > b ? a : b; }
-inline F8 smaller(F8 a, F8 b) { return a < b ? a : b; }
-inline F4 larger(F4 a, F4 b) { return a > b ? a : b; }
-inline F4 smaller(F4 a, F4 b) { return a < b ? a : b; }
-inline I8 larger(I8 a, I8 b) { return a > b ? a : b; }
-#endif
 inline F8 within(F8 x, F8 low, F8 high) { return smaller(larger(x, low), high); }
 inline I8 magnitude_bits(F8 x) { return as<I8>(x) & all(0x7fffffff); }  // in the order of magnitudes, NaN above all
 inline F8 magnitude(F8 x) { return as<F8>(magnitude_bits(x)); }
@@ -74,6 +17,10 @@ constexpr float kWhole = 12582912.0f;  // what is added to it is rounded to inte
 inline F8 nearest(F8 x) { return x + all(kWhole) - all(kWhole); }
 #if defined(__AVX2__)
 inline I8 to_int(F8 x) { return (I8)_mm256_cvtps_epi32((__m256)x); }
+#elif defined(__ARM_NEON)
+inline I8 to_int(F8 x) {
+  return of_halves<I8>(vcvtnq_s32_f32(half_of<float32x4_t, 0>(x)), vcvtnq_s32_f32(half_of<float32x4_t, 1>(x)));
+}
 #else
 inline I8 to_int(F8 x) { return as<I8>(as<U8>(x + all(kWhole)) - 0x4b400000u); }
 #endif
@@ -83,6 +30,9 @@ inline float sum(F8 x) {
   __m128 h = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+#elif defined(__ARM_NEON)
+  const float32x4_t h = half_of<float32x4_t, 0>(x) + half_of<float32x4_t, 1>(x);
+  return vpadds_f32(vget_low_f32(h) + vget_high_f32(h));
 #else
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 #endif
@@ -94,20 +44,66 @@ inline void sums4(const F8 (&x)[4], float* out) {
   const __m256 low = _mm256_hadd_ps((__m256)x[0], (__m256)x[1]), high = _mm256_hadd_ps((__m256)x[2], (__m256)x[3]);
   const __m256 both = _mm256_hadd_ps(low, high);
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#elif defined(__ARM_NEON)
+  float32x4_t h[4];
+  for (int i = 0; i < 4; ++i) h[i] = half_of<float32x4_t, 0>(x[i]) + half_of<float32x4_t, 1>(x[i]);
+  store(out, vpaddq_f32(vpaddq_f32(h[0], h[1]), vpaddq_f32(h[2], h[3])));
 #else
   for (int i = 0; i < 4; ++i) out[i] = sum(x[i]);
 #endif
 }
 
+// Each lane gets what the lane has whose number differs by `Distance`, 1, 2 or 4.
+template <int Distance>
+inline F8 swapped(F8 x) {
+#if defined(__ARM_NEON)
+  const F4 low = half_of<F4, 0>(x), high = half_of<F4, 1>(x);
+  if constexpr (Distance == 4) return of_halves<F8>(high, low);
+  constexpr int a = Distance, b = 1 ^ Distance, c = 2 ^ Distance, d = 3 ^ Distance;
+  return of_halves<F8>(__builtin_shufflevector(low, low, a, b, c, d), __builtin_shufflevector(high, high, a, b, c, d));
+#else
+  constexpr int d = Distance;
+  return __builtin_shufflevector(x, x, d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d);
+#endif
+}
+
+#if defined(__ARM_NEON)
+inline int32_t largest(I8 x) { return vmaxvq_s32(vmaxq_s32(half_of<int32x4_t, 0>(x), half_of<int32x4_t, 1>(x))); }
+
+inline float largest(F8 x) {
+  F4 h = larger(half_of<F4, 0>(x), half_of<F4, 1>(x));
+  h = larger(h, __builtin_shufflevector(h, h, 2, 3, 0, 1));
+  return larger(h, __builtin_shufflevector(h, h, 1, 0, 3, 2))[0];
+}
+#else
 template <class V>
 inline auto largest(V x) {
   x = larger(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
   x = larger(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
   return larger(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6))[0];
 }
+#endif
+
+#if defined(__ARM_NEON)
+inline void transpose4(F4 (&x)[4]) {
+  const F4 a = __builtin_shufflevector(x[0], x[1], 0, 4, 2, 6), b = __builtin_shufflevector(x[0], x[1], 1, 5, 3, 7);
+  const F4 c = __builtin_shufflevector(x[2], x[3], 0, 4, 2, 6), d = __builtin_shufflevector(x[2], x[3], 1, 5, 3, 7);
+  x[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5), x[1] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  x[2] = __builtin_shufflevector(a, c, 2, 3, 6, 7), x[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+}
+#endif
 
 // Rows to columns.
 inline void transpose8(F8 (&x)[8]) {
+#if defined(__ARM_NEON)
+  F4 low[2][4], high[2][4];  // of the rows: 0-3, 4-7
+  for (int i = 0; i < 8; ++i) low[i / 4][i % 4] = half_of<F4, 0>(x[i]), high[i / 4][i % 4] = half_of<F4, 1>(x[i]);
+  for (int i = 0; i < 2; ++i) transpose4(low[i]), transpose4(high[i]);
+  for (int i = 0; i < 4; ++i) {
+    x[i] = of_halves<F8>(low[0][i], low[1][i]);
+    x[i + 4] = of_halves<F8>(high[0][i], high[1][i]);
+  }
+#else
   F8 two[8], four[8];
   KVANT_UNROLL
   for (int i = 0; i < 8; i += 2) {
@@ -125,11 +121,15 @@ inline void transpose8(F8 (&x)[8]) {
     x[i] = __builtin_shufflevector(four[i], four[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
     x[i + 4] = __builtin_shufflevector(four[i], four[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
+#endif
 }
 
 inline F8 load_half(const uint16_t* p) {
 #if defined(__AVX2__)
   return (F8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__ARM_NEON)
+  const float16x8_t x = load<float16x8_t>(p);
+  return of_halves<F8>(vcvt_f32_f16(vget_low_f16(x)), vcvt_high_f32_f16(x));
 #else
   typedef _Float16 Half8 __attribute__((vector_size(16)));
   return __builtin_convertvector(load<Half8>(p), F8);
@@ -139,6 +139,8 @@ inline F8 load_half(const uint16_t* p) {
 inline void store_half(uint16_t* p, F8 x) {
 #if defined(__AVX2__)
   store(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+  store(p, vcvt_high_f16_f32(vcvt_f16_f32(half_of<float32x4_t, 0>(x)), half_of<float32x4_t, 1>(x)));
 #else
   typedef _Float16 Half8 __attribute__((vector_size(16)));
   store(p, __builtin_convertvector(x, Half8));
@@ -158,11 +160,17 @@ inline void store_bfloat(uint16_t* p, F8 x) {
   store(p, __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, H8));
 }
 
+#if defined(__ARM_NEON)
+typedef __fp16 Half;  // gcc 12 has no other name for it here
+#elif !defined(__AVX2__)
+typedef _Float16 Half;
+#endif
+
 inline float from_half(uint16_t bits) {
 #if defined(__AVX2__)
   return _cvtsh_ss(bits);
 #else
-  _Float16 half;
+  Half half;
   std::memcpy(&half, &bits, sizeof half);
   return half;
 #endif
@@ -172,7 +180,7 @@ inline uint16_t to_half(float x) {
 #if defined(__AVX2__)
   return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
-  _Float16 half = static_cast<_Float16>(x);
+  Half half = static_cast<Half>(x);
   uint16_t bits;
   std::memcpy(&bits, &half, sizeof bits);
   return bits;
@@ -196,8 +204,8 @@ inline F8 exponential(F8 x) {
   p = p * r + all(1.6666665459e-1f);
   p = p * r + all(5.0000001201e-1f);
   p = p * r * r + r + all(1.0f);
-  F8 power = as<F8>((__builtin_convertvector(n, I8) + all(127)) << 23);
-  return x < all(-86.0f) ? all(0.0f) : p * power;
+  F8 power = as<F8>((to_int(n) + all(127)) << 23);
+  return by_registers([](auto x, auto y, auto zero) { return x < -86.0f ? zero : y; }, x, p * power, all(0.0f));
 }
 
 // 2^x to 2 units in the last place, for x of at most 126; below -125 it stays at 2^-125, since subnormal steps are
@@ -219,7 +227,27 @@ inline float power_of_two(float x) { return power_of_two(all(x))[0]; }
 inline F8 hyperbolic_tangent(F8 x) {
   F8 e = exponential(smaller(magnitude(x), all(20.0f)) * all(-2.0f));
   F8 t = (all(1.0f) - e) / (all(1.0f) + e);
-  return x != x ? x : x < all(0.0f) ? -t : t;
+  return by_registers([](auto x, auto y) { return x != x ? x : x < 0.0f ? -y : y; }, x, t);
+}
+
+// Eight codes of 8 bits.
+inline I8 wide_bytes(const uint8_t* p) {
+#if defined(__ARM_NEON)
+  const uint16x8_t words = vmovl_u8(load<uint8x8_t>(p));
+  return of_halves<I8>(vmovl_u16(vget_low_u16(words)), vmovl_high_u16(words));
+#else
+  return __builtin_convertvector(load<B8>(p), I8);
+#endif
+}
+
+inline I8 wide_bytes(const int8_t* p) {
+#if defined(__ARM_NEON)
+  const int16x8_t words = vmovl_s8(load<int8x8_t>(p));
+  return of_halves<I8>(vmovl_s16(vget_low_s16(words)), vmovl_high_s16(words));
+#else
+  typedef int8_t Signs __attribute__((vector_size(8)));
+  return __builtin_convertvector(load<Signs>(p), I8);
+#endif
 }
 
 // Eight 4-bit codes from the low halves of four bytes and their high halves, in the order of `_paired`: element 2i in
@@ -229,11 +257,25 @@ inline I8 nibbles(const uint8_t* p) {
   return as<I8>(as<U8>(bytes) >> U8{0, 4, 8, 12, 16, 20, 24, 28}) & all(15);
 }
 
+#if defined(__ARM_NEON)
+// The lower halves of eight lanes.
+inline int16x8_t words_of(I8 x) {
+  return vuzp1q_s16(vreinterpretq_s16_s32(half_of<int32x4_t, 0>(x)), vreinterpretq_s16_s32(half_of<int32x4_t, 1>(x)));
+}
+
+// The lowest bytes of 16 lanes.
+inline int8x16_t bytes_of(I8 x, I8 y) {
+  return vuzp1q_s8(vreinterpretq_s8_s16(words_of(x)), vreinterpretq_s8_s16(words_of(y)));
+}
+#endif
+
 // Rounded values, each within int8, as eight bytes.
 inline void store_bytes(int8_t* p, I8 x) {
 #if defined(__AVX2__)
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+#elif defined(__ARM_NEON)
+  store(p, vmovn_s16(words_of(x)));
 #else
   typedef int8_t Narrow __attribute__((vector_size(8)));
   store(p, __builtin_convertvector(x, Narrow));
@@ -247,6 +289,8 @@ inline B32 signed_bytes_of(const I8 (&x)[4]) {
   const __m256i high = _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]);
   const __m256i places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   return (B32)_mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), places);
+#elif defined(__ARM_NEON)
+  return of_halves<B32>(bytes_of(x[0], x[1]), bytes_of(x[2], x[3]));
 #else
   B32 out;
   for (int i = 0; i < 32; ++i) out[i] = static_cast<uint8_t>(x[i / 8][i % 8]);
@@ -263,6 +307,9 @@ inline void half_sums(B32 x, int32_t (&out)[2]) {
   fours = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0xb1));
   out[0] = _mm_cvtsi128_si32(_mm256_castsi256_si128(fours));
   out[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(fours, 1));
+#elif defined(__ARM_NEON)
+  out[0] = vaddlvq_s8(half_of<int8x16_t, 0>(x));
+  out[1] = vaddlvq_s8(half_of<int8x16_t, 1>(x));
 #else
   out[0] = out[1] = 0;
   for (int i = 0; i < 32; ++i) out[i / 16] += static_cast<int8_t>(x[i]);
@@ -274,6 +321,8 @@ inline uint64_t bytes_of(I8 x) {
 #if defined(__AVX2__)
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
   return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+#elif defined(__ARM_NEON)
+  return vget_lane_u64(vreinterpret_u64_s8(vmovn_s16(words_of(x))), 0);
 #else
   const B8 bytes = __builtin_convertvector(x, B8);
   return load<uint64_t>(&bytes);
@@ -296,6 +345,8 @@ inline int32_t sum(I8 x) {
   __m128i h = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
   h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+#elif defined(__ARM_NEON)
+  return vaddvq_s32(half_of<int32x4_t, 0>(x) + half_of<int32x4_t, 1>(x));
 #else
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 #endif
@@ -309,6 +360,19 @@ inline B32 broadcast4(const int8_t* p) {
   return as<B32>(all(load<int32_t>(p)));
 #endif
 }
+
+#if defined(__ARM_NEON)
+// sum + the products of four signed bytes a lane.
+inline int32x4_t dot4(int32x4_t sum, int8x16_t a, int8x16_t b) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  asm volatile("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(a), "w"(b));  // gcc alone loads ahead, and spills
+  return sum;
+#else
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+  return sum + vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+#endif
+}
+#endif
 
 // Sums over each lane's four bytes of u * s, u unsigned and at most 15, s signed: up to 8 `add`s, then `total`. `start`
 // makes all lanes' sums begin elsewhere, at what `start_of` made of a number: minus 8 times the sum of all s to come.
@@ -344,29 +408,22 @@ struct Dot {
     const __m256i product = _mm256_madd_epi16(sum, _mm256_mulhrs_epi16((__m256i)scale, (__m256i)other));
     to = (I8)_mm256_add_epi32((__m256i)to, product);
   }
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__ARM_NEON)
   static constexpr int kUnits = 1;
   int32x4_t low = vdupq_n_s32(0), high = vdupq_n_s32(0);
   static int32_t start_of(int32_t x) { return x; }
   inline void start(int32_t x) { low = high = vdupq_n_s32(x); }
   inline void add(B32 u, B32 s) {
-    const int8_t *a = reinterpret_cast<const int8_t*>(&u), *b = reinterpret_cast<const int8_t*>(&s);
-    low = vdotq_s32(low, vld1q_s8(a), vld1q_s8(b));
-    high = vdotq_s32(high, vld1q_s8(a + 16), vld1q_s8(b + 16));
+    low = dot4(low, half_of<int8x16_t, 0>(u), half_of<int8x16_t, 0>(s));
+    high = dot4(high, half_of<int8x16_t, 1>(u), half_of<int8x16_t, 1>(s));
   }
-  inline I8 total() const {
-    I8 out;
-    std::memcpy(&out, &low, 16);
-    std::memcpy(reinterpret_cast<char*>(&out) + 16, &high, 16);
-    return out;
-  }
+  inline I8 total() const { return of_halves<I8>(low, high); }
   static I8 scale_of(I8 x) { return x << 16; }
   inline void add_scaled(I8& to, I8 scale, I8 other) const {
-    int32x4_t* out = reinterpret_cast<int32x4_t*>(&to);
-    const int32x4_t* a = reinterpret_cast<const int32x4_t*>(&scale);
-    const int32x4_t b = *reinterpret_cast<const int32x4_t*>(&other);
-    out[0] = vmlaq_s32(out[0], low, vqrdmulhq_s32(a[0], b));
-    out[1] = vmlaq_s32(out[1], high, vqrdmulhq_s32(a[1], b));
+    const int32x4_t first = vqrdmulhq_s32(half_of<int32x4_t, 0>(scale), half_of<int32x4_t, 0>(other));
+    const int32x4_t second = vqrdmulhq_s32(half_of<int32x4_t, 1>(scale), half_of<int32x4_t, 1>(other));
+    to = of_halves<I8>(vmlaq_s32(half_of<int32x4_t, 0>(to), low, first),
+                       vmlaq_s32(half_of<int32x4_t, 1>(to), high, second));
   }
 #else
   static constexpr int kUnits = 1;

@@ -16,6 +16,22 @@ inline bool value_is_integer(const Side& side, int dim) {
   return !is_4bit(side.kind) || size % 32 == 0 || size == 16;
 }
 
+#if defined(__ARM_NEON)
+// 32 dims' codes, a byte each.
+template <Codes Kind>
+inline void codes_in_order(const uint8_t* p, uint8x16_t (&out)[2]) {
+  const uint8x16_t x = load<uint8x16_t>(p);
+  out[0] = Kind == kCodes4 ? vzip1q_u8(x & 15, x >> 4) : x;
+  out[1] = Kind == kCodes4 ? vzip2q_u8(x & 15, x >> 4) : load<uint8x16_t>(p + (Kind == kCodes4 ? 0 : 16));
+}
+
+template <Codes Kind>
+inline int16x8_t words_of(uint8x16_t x, bool upper) {
+  const uint8x8_t bytes = upper ? vget_high_u8(x) : vget_low_u8(x);
+  return Kind == kSigned8 ? vmovl_s8(vreinterpret_s8_u8(bytes)) : vreinterpretq_s16_u16(vmovl_u8(bytes));
+}
+#endif
+
 // Calls use(i, vector) with 32 dims of two tokens as four vectors of 8 dims: the first token's code below the second's.
 // Which dims a vector has is the ISA's affair; `unpaired` knows.
 template <Codes Kind, class Use>
@@ -41,6 +57,13 @@ inline void pair_rows(const uint8_t* a, const uint8_t* b, Use use) {
       use(3, (S16)_mm256_srli_epi16(high, 4));
     }
   }
+#elif defined(__ARM_NEON)
+  // Eight dims of one token, then of the other.
+  uint8x16_t x[2], y[2];
+  codes_in_order<Kind>(a, x);
+  codes_in_order<Kind>(b, y);
+  for (int v = 0; v < kColumns; ++v)
+    use(v, of_halves<S16>(words_of<Kind>(x[v / 2], v % 2), words_of<Kind>(y[v / 2], v % 2)));
 #else
   const auto code = [](const uint8_t* p, int i) -> int16_t {
     if (Kind == kCodes4) return p[i / 2] >> i % 2 * 4 & 15;
@@ -87,6 +110,19 @@ inline S16 pair_weights(const int16_t* low, const int16_t* high) {
   return as<S16>(I8{a, a, a, a, b, b, b, b});
 }
 
+// sum + a pair of tokens' codes, as `pair_rows` has them, times their weights, a pair in every half.
+inline I8 add_weighted(I8 sum, S16 pair, S16 weights) {
+#if defined(__ARM_NEON)
+  const int16x8_t x = half_of<int16x8_t, 0>(pair), y = half_of<int16x8_t, 1>(pair);
+  const int16x4_t both = vget_low_s16(half_of<int16x8_t, 0>(weights));
+  const int32x4_t low = vmlal_lane_s16(half_of<int32x4_t, 0>(sum), vget_low_s16(x), both, 0);
+  const int32x4_t high = vmlal_high_lane_s16(half_of<int32x4_t, 1>(sum), x, both, 0);
+  return of_halves<I8>(vmlal_lane_s16(low, vget_low_s16(y), both, 1), vmlal_high_lane_s16(high, y, both, 1));
+#else
+  return add_pairs(sum, pair, weights);
+#endif
+}
+
 inline void add_scaled(I8 x, float unit, float* sum) { store(sum, load<F8>(sum) + to_float(x) * all(unit)); }
 
 using Weights = int16_t[kMaxGroups][kTile];  // narrow ones: two tokens' bytes, twice
@@ -120,30 +156,45 @@ inline void store_narrow(int16_t* p, F8 weights, F8 inverse, int slot) {
   const __m256i places = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 0, 4, 8, 12, 8, 12, 0, 4, 0, 4, 8, 12, 8, 12));
   const __m256i bytes = _mm256_shuffle_epi8((__m256i)(steps + all(kWhole)), places);  // the lowest of each number
   store(p, _mm_unpacklo_epi64(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+#elif defined(__ARM_NEON)
+  const int16x8_t bytes = vreinterpretq_s16_s8(bytes_of(to_int(steps), I8{}));
+  store(p, vzip1q_s16(bytes, bytes));
 #else
   const uint64_t bytes = bytes_of(to_int(steps));
   for (int i = 0; i < 8; ++i) p[i] = static_cast<int16_t>(bytes >> (i / 2 * 16));
 #endif
 }
 
-// sums + the products of unsigned and signed bytes in pairs, which wrap around.
+// sums + the products of unsigned and signed bytes in pairs, of the order of `pair_codes4`, which wrap around.
 inline U16 add_byte_pairs(U16 sums, B32 u, B32 s) {
 #if defined(__AVX2__)
   const __m256i products = _mm256_maddubs_epi16((__m256i)u, (__m256i)s);
   return (U16)_mm256_add_epi16((__m256i)sums, products);
+#elif defined(__ARM_NEON)
+  const int8x16_t x = half_of<int8x16_t, 0>(u), y = half_of<int8x16_t, 1>(u), both = half_of<int8x16_t, 0>(s);
+  const int8x16_t first = vdupq_laneq_s8(both, 0), second = vdupq_laneq_s8(both, 1);
+  const int16x8_t low = vmlal_s8(half_of<int16x8_t, 0>(sums), vget_low_s8(x), vget_low_s8(first));
+  const int16x8_t high = vmlal_high_s8(half_of<int16x8_t, 1>(sums), x, first);
+  return of_halves<U16>(vmlal_s8(low, vget_low_s8(y), vget_low_s8(second)), vmlal_high_s8(high, y, second));
 #else
   for (int i = 0; i < 32; ++i) sums[i / 2] += u[i] * static_cast<int8_t>(s[i]);
   return sums;
 #endif
 }
 
-// 32 dims of two tokens' 4-bit codes: 16 dims a vector, the first token's code below the second's.
+// 32 dims of two tokens' 4-bit codes: 16 dims a vector, the first token's code below the second's; with NEON all of the
+// first token's before the second's.
 inline void pair_codes4(const uint8_t* a, const uint8_t* b, B32 (&out)[2]) {
 #if defined(__AVX2__)
   const __m128i x = load<__m128i>(a), y = load<__m128i>(b);
   const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y));
   out[0] = (B32)both & 15;
   out[1] = (B32)_mm256_srli_epi16(both, 4) & 15;
+#elif defined(__ARM_NEON)
+  uint8x16_t x[2], y[2];
+  codes_in_order<kCodes4>(a, x);
+  codes_in_order<kCodes4>(b, y);
+  for (int i = 0; i < 2; ++i) out[i] = of_halves<B32>(x[i], y[i]);
 #else
   for (int i = 0; i < 32; ++i) {
     out[i / 16][i % 16 * 2] = a[i / 2] >> i % 2 * 4 & 15;
@@ -158,6 +209,10 @@ inline void add_wide(U16 sums, int vector, float unit, float* out) {
   const __m256i zero = _mm256_setzero_si256();
   add_scaled((I8)_mm256_unpacklo_epi16((__m256i)sums, zero), unit, out + 8 * vector);
   add_scaled((I8)_mm256_unpackhi_epi16((__m256i)sums, zero), unit, out + 8 * vector + 16);
+#elif defined(__ARM_NEON)
+  const uint16x8_t low = half_of<uint16x8_t, 0>(sums), high = half_of<uint16x8_t, 1>(sums);
+  add_scaled(of_halves<I8>(vmovl_u16(vget_low_u16(low)), vmovl_high_u16(low)), unit, out + 16 * vector);
+  add_scaled(of_halves<I8>(vmovl_u16(vget_low_u16(high)), vmovl_high_u16(high)), unit, out + 16 * vector + 8);
 #else
   for (int i = 0; i < 16; ++i) out[16 * vector + i] += static_cast<float>(sums[i]) * unit;
 #endif
@@ -167,12 +222,12 @@ inline void add_wide(U16 sums, int vector, float unit, float* out) {
 template <int Heads, Codes Kind, class Count>
 inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* weights, int64_t pitch,
                      const float* units, float* sums, Ahead& next) {
-  I8 acc[Heads][kColumns] = {};
+  Carried<I8> acc[Heads][kColumns] = {};
   for (int t = 0; t < tokens; t += 2, rows += 2 * dim, weights += 2) {
     if (t % 8 == 0) next.ask();
     pair_rows<Kind>(rows, rows + dim, [&](int i, S16 pair) {
       wait_for(weights);  // broadcast again: there are no registers to keep them in
-      for (int h = 0; h < Heads; ++h) acc[h][i] = add_pairs(acc[h][i], pair, broadcast_pair(weights + h * pitch));
+      for (int h = 0; h < Heads; ++h) acc[h][i] = add_weighted(acc[h][i], pair, broadcast_pair(weights + h * pitch));
     });
   }
   for (int h = 0; h < Heads; ++h)
@@ -184,7 +239,7 @@ template <int Heads, class Count>
 inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, int64_t pitch,
                        const float* units, float* sums, Ahead& next) {
   for (int first = 0; first < tokens; first += kNarrowTokens) {
-    U16 acc[Heads][2] = {};
+    Carried<U16> acc[Heads][2] = {};
     const int stop = std::min<int>(first + kNarrowTokens, tokens);
     for (int t = first; t < stop; t += 2, rows += 2 * bytes, weights += 2) {
       if (t % 8 == 0) next.ask();
@@ -203,13 +258,13 @@ inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16
 // The same for one head and 4-bit codes in groups of 16 dims.
 inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* first, const int16_t* second,
                        float unit, float* sums, Ahead& next) {
-  I8 acc[kColumns] = {};
+  Carried<I8> acc[kColumns] = {};
   for (int t = 0; t < tokens; t += 2, rows += dim) {
     if (t % 8 == 0) next.ask();
     pair_rows<kCodes4>(rows, rows + dim / 2, [&](int i, S16 pair) {
       const int16_t* low = in_second_half(i, 0) ? second : first;
       const int16_t* high = in_second_half(i, 1) ? second : first;
-      acc[i] = add_pairs(acc[i], pair, pair_weights(low + t, high + t));
+      acc[i] = add_weighted(acc[i], pair, pair_weights(low + t, high + t));
     });
   }
   for (int i = 0; i < kColumns; ++i) add_scaled(acc[i], unit, sums + 8 * i);
@@ -220,7 +275,7 @@ inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* 
 template <int Heads, int Vectors, class Reader>
 inline void add_columns(const typename Reader::Type* values, int dim, int tokens, const float* weights, float* sums,
                         Ahead& next) {
-  F8 acc[Heads][Vectors];
+  Carried<F8> acc[Heads][Vectors];
   for (int h = 0; h < Heads; ++h)
     for (int i = 0; i < Vectors; ++i) acc[h][i] = load<F8>(sums + h * kMaxHeadDim + 8 * i);
   for (int t = 0; t < tokens; ++t, values += dim) {
@@ -229,11 +284,11 @@ inline void add_columns(const typename Reader::Type* values, int dim, int tokens
     for (int h = 0; h < Heads; ++h) weight[h] = all(weights[h * kPitch + t]);
     for (int i = 0; i < Vectors; ++i) {
       const F8 value = Reader::read(values + 8 * i);
-      for (int h = 0; h < Heads; ++h) acc[h][i] += weight[h] * value;
+      for (int h = 0; h < Heads; ++h) multiply_add(acc[h][i], weight[h], value);
     }
   }
   for (int h = 0; h < Heads; ++h)
-    for (int i = 0; i < Vectors; ++i) store(sums + h * kMaxHeadDim + 8 * i, acc[h][i]);
+    for (int i = 0; i < Vectors; ++i) store<F8>(sums + h * kMaxHeadDim + 8 * i, acc[h][i]);
 }
 
 template <int Heads, class Reader>

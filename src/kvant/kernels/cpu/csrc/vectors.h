@@ -125,9 +125,9 @@ inline void hadamard_step(float* x, F8 norm) {
   KVANT_UNROLL
   for (int i = 0; i < Count; ++i) {
     v[i] = load<F8>(x + 8 * i) * norm;
-    v[i] = v[i] * one + __builtin_shufflevector(v[i], v[i], 1, 0, 3, 2, 5, 4, 7, 6);
-    v[i] = v[i] * two + __builtin_shufflevector(v[i], v[i], 2, 3, 0, 1, 6, 7, 4, 5);
-    v[i] = v[i] * four + __builtin_shufflevector(v[i], v[i], 4, 5, 6, 7, 0, 1, 2, 3);
+    v[i] = v[i] * one + swapped<1>(v[i]);
+    v[i] = v[i] * two + swapped<2>(v[i]);
+    v[i] = v[i] * four + swapped<4>(v[i]);
   }
   KVANT_UNROLL
   for (int half = 1; half < Count; half *= 2) {

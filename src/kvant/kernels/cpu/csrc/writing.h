@@ -283,13 +283,13 @@ inline void write_sink(const Side& side, const KvLayer& layer, int dim, const En
 
 // Copies a vector, held within `limit`; false where it is not finite.
 inline bool copy_finite(const float* x, int dim, float limit, float* out) {
-  I8 bad = all(0);
+  I8 top = all(0);
   for (int i = 0; i < dim; i += 8) {
     const F8 v = load<F8>(x + i);
-    bad |= magnitude(v) <= all(3.4028235e38f) ? all(0) : all(1);
+    top = larger(top, magnitude_bits(v));
     store(out + i, within(v, all(-limit), all(limit)));
   }
-  return sum(bad) == 0;
+  return largest(top) < 0x7f800000;
 }
 
 // Stores up to kWriteWidth keys or values [dim]; a bit for each that is not finite, of which nothing is written.
