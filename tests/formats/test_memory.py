@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -38,7 +39,11 @@ def test_a_full_slab_is_followed_by_another():
 
 
 def test_threads_that_ask_at_once_get_arrays_of_their_own():
-    slabs = Slabs()
-    with ThreadPoolExecutor(4) as pool:
-        arrays = list(pool.map(lambda _: slabs.zeros((3,), torch.int32), range(2000)))
+    slabs, interval = Slabs(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads meet within a call
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            arrays = list(pool.map(lambda _: slabs.zeros((3,), torch.int32), range(2000)))
+    finally:
+        sys.setswitchinterval(interval)
     assert len({array.data_ptr() for array in arrays}) == 2000

@@ -26,9 +26,26 @@ def rounded_bits(ops: Ops, fmt: KVFormat, head_dim: int) -> int:
     key, value = code_bits(fmt.key), code_bits(fmt.value)
     if type(ops) is ReferenceOps or key == value == 16:
         return 24
-    if type(ops) is CpuOps and value == 4 and _group_size(fmt.value, head_dim) >= 32:
-        return 7
+    if type(ops) is CpuOps:
+        return min(_bits_met(fmt.key, head_dim, 8), _bits_met(fmt.value, head_dim, 7))
     return 8 if key == 4 else 15
+
+
+def rounded_bits_of_prompts(ops: Ops, fmt: KVFormat, head_dim: int) -> int:
+    """The same for more than a few tokens at once: native kernels take codes as they are if all are of 4 bits."""
+    if type(ops) is not CpuOps or (_bits_met(fmt.key, head_dim, 8), _bits_met(fmt.value, head_dim, 7)) == (8, 7):
+        return rounded_bits(ops, fmt, head_dim)
+    return 24
+
+
+def _bits_met(codec: VectorCodec, head_dim: int, beside_4_bits: int) -> int:
+    """To how many bits native kernels round what meets a side's codes, in groups that they have loops for."""
+    bits, size = code_bits(codec), _group_size(codec, head_dim)
+    if bits == 16 or head_dim % 32:
+        return 24
+    if bits == 8 or size == 16:
+        return 15
+    return 24 if size % 32 else beside_4_bits
 
 
 def _group_size(codec: VectorCodec, head_dim: int) -> int:

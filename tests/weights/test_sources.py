@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -163,22 +164,31 @@ def test_a_truncated_gguf_is_refused(smollm2: Path, tmp_path: Path) -> None:
         open_source(file)
 
 
-def test_layers_read_side_by_side_are_those_read_one_by_one(model: Path, threads: Callable[[int], None]) -> None:
+def test_small_layers_are_read_side_by_side_and_are_the_same(model: Path, threads: Any, monkeypatch: Any) -> None:
     config = {**CONFIG, "num_hidden_layers": 7}
     save_file(_tensors(config), model / "model.safetensors")
     _configure(num_hidden_layers=7)(model)
+    read, readers = WeightLoader.layer, set()
+
+    def noted(self: WeightLoader, index: int) -> Any:
+        readers.add(threading.get_ident())
+        return read(self, index)
 
     def down_projections() -> list[torch.Tensor]:
+        readers.clear()
         source, ops = open_source(model), ReferenceOps()
         matrices = MatrixReader(source, torch.float32, "auto", ops.packed_weights)
         layers = WeightLoader(source, model_spec(source.config), matrices, ops).load().layers
         return [layer.mlp.down.weight for layer in layers]
 
-    threads(1)
-    one_by_one = down_projections()
+    monkeypatch.setattr(WeightLoader, "layer", noted)
     threads(3)
-    assert all(map(torch.equal, down_projections(), one_by_one))
+    side_by_side = down_projections()
+    assert threading.get_ident() not in readers
     assert torch.get_num_threads() == 3
+    monkeypatch.setattr("kvant.weights.load._ELEMENTS_AT_ONCE", 1)
+    assert all(map(torch.equal, down_projections(), side_by_side))
+    assert readers == {threading.get_ident()}, "large layers are read one by one"
 
 
 def test_a_list_of_layer_types_must_fit_the_layers(model: Path) -> None:

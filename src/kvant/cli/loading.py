@@ -11,8 +11,9 @@ from contextlib import contextmanager
 def nothing_collected() -> Iterator[None]:
     """For importing and loading, which make many objects and hardly any garbage.
 
-    The collector would go through all of them again and again, for a third of a second with PyTorch's modules alone.
+    The collector would go through all of them again and again: PyTorch's modules, then the model's.
     """
+    before = gc.isenabled()
     gc.disable()
     try:
         yield
@@ -20,4 +21,5 @@ def nothing_collected() -> Iterator[None]:
         # Together they put all objects with the oldest, as if they had been gone through.
         gc.freeze()
         gc.unfreeze()
-        gc.enable()
+        if before:
+            gc.enable()

@@ -27,7 +27,8 @@ def for_each(work: Callable[[int], None], pieces: Sequence[int], elements: int, 
 def map_each(work: Callable[[_Piece], _Result], pieces: Sequence[_Piece], threads: int) -> list[_Result]:
     """What `work` makes of each piece. On several threads at once, each of PyTorch's ops computes on its own alone.
 
-    PyTorch's threads wait for each other after every op: many ops on little data are faster without them.
+    PyTorch's threads wait for each other after every op: many ops on little data are faster without them. For the time
+    of it, threads that use PyTorch first get one thread, too: one caller at a time, before others start to compute.
     """
     if threads == 1:
         return [work(piece) for piece in pieces]

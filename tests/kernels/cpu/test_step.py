@@ -37,7 +37,7 @@ from tests.engine.drive import Ask, core_of, text
 from tests.families.configs import TINIES
 from tests.families.tiny import build
 from tests.formats.stats import plan_of
-from tests.kernels.tolerances import code_bits, rounded_bits
+from tests.kernels.tolerances import rounded_bits, rounded_bits_of_prompts
 
 # Between them: grouped heads, biases, heads of 16 to 32, norms of heads and after the blocks, windows, soft-caps, two
 # kinds of RoPE in a model, RoPE that depends on the text's length, RoPE on part of a head, log-n attention.
@@ -173,11 +173,11 @@ def test_every_cache_format_runs(native, tmp_path, monkeypatch, name, sizes):
     spec = decoder.spec
     plan = plan_of(KV_FORMATS[name], len(spec.layers), spec.num_kv_heads, spec.head_dim)
     expected = states(reference, LONG[:100], plan)
-    decoded = DECODED[rounded_bits(decoder.ops, plan.layers[0].format, spec.head_dim)]
-    by_codes = code_bits(KV_FORMATS[name].key) == 4 and spec.head_dim == 64
-    assert_close(states(decoder, LONG[:100], plan), expected, decoded if by_codes else FLIPPED)
+    fmt = plan.layers[0].format
+    at_once = rounded_bits_of_prompts(decoder.ops, fmt, spec.head_dim)
+    assert_close(states(decoder, LONG[:100], plan), expected, FLIPPED if at_once == 24 else DECODED[at_once])
     monkeypatch.setattr(forcing, "CHUNK", 1)
-    assert_close(states(decoder, LONG[:100], plan), expected, decoded)
+    assert_close(states(decoder, LONG[:100], plan), expected, DECODED[rounded_bits(decoder.ops, fmt, spec.head_dim)])
 
 
 def test_a_layer_without_a_kernel_runs_beside_one_with_sinks(native, tmp_path):

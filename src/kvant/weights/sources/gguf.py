@@ -18,7 +18,7 @@ from kvant.models.families import FAMILIES, Family, Names
 from kvant.weights.source import TensorSource
 
 try:
-    from gguf import GGUFReader, GGUFValueType
+    from gguf import GGUFReader, GGUFValueType, ReaderField
 except ImportError as error:
     raise MissingDependencyError("reading GGUF files needs the gguf package: pip install gguf") from error
 
@@ -84,11 +84,14 @@ class _PlainReader(GGUFReader):
 
     def metadata(self) -> dict[str, Any]:
         """All fields as plain Python."""
-        strings = [GGUFValueType.ARRAY, GGUFValueType.STRING]
-        return {
-            name: field.parts[-1].tolist() if field.types == strings else field.contents()
-            for name, field in self.fields.items()
-        }
+        return {name: _contents(field) for name, field in self.fields.items()}
+
+
+def _contents(field: ReaderField) -> Any:
+    """The package would make strings of `_strings`' objects once more."""
+    if len(field.types) > 1 and field.types[-1] == GGUFValueType.STRING:
+        return [text for part in field.data for text in field.parts[part].tolist()]
+    return field.contents()
 
 
 class GgufSource(TensorSource):
@@ -98,10 +101,10 @@ class GgufSource(TensorSource):
         super().__init__(path)
         try:
             reader = _PlainReader(path)
+            self.metadata = reader.metadata()
         except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
             raise CorruptModelError(f"{path} is not a whole GGUF file: {error}") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.metadata = reader.metadata()
         self._refuse_what_is_not_one_dense_model()
         self._family = self._find_family()
         self.config = self._hf_config()

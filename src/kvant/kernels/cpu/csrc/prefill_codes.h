@@ -108,10 +108,11 @@ struct CodeTile {
   }
 };
 
-// Calls use(m, b, dots) for six rows' numbers, [step][4] and `Pitch` apart, and 16 lanes' codes, [step][2][32], a vector
-// of eight lanes at a time. Codes are unsigned, or else the rows' numbers are.
+// Calls use(m, b, dots) for six rows' numbers, [step][4] and `Pitch` apart, and 16 lanes' codes, [step][2][32]: eight
+// lanes at a time. Codes are unsigned, or else the rows' numbers are.
 template <int Steps, int Pitch, bool Unsigned, class Use>
 inline void code_dots(const uint8_t* codes, const int8_t* x, Use use) {
+  static_assert(Steps * 2 * (Unsigned ? 15 : 8) * 127 <= 32767, "sums fit 16 bits");
   Dot dots[kRowTile][2];
   for (int first = 0; first < Steps; first += kStepsAtOnce) {
     KVANT_UNROLL
@@ -177,7 +178,7 @@ class CodeRows {
   float step_[kTileRows][kMaxGroups] = {}, sum_[kTileRows][kMaxGroups] = {};
   F8 shifts_[kTileRows][kMaxGroups] = {};  // what the weights made of the values' shifts
   // Of the six rows at hand. Behind a tile's last row they are anything, and so become sums that nobody uses.
-  alignas(32) float scores_[kRowTile][kTile];
+  alignas(32) float scores_[kRowTile][kTile] = {};
   alignas(32) int8_t weights_[kMaxGroups][kRowTile][kTile] = {};
   float units_[kRowTile] = {};
   bool seen_[kRowTile] = {};

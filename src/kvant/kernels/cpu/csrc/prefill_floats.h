@@ -7,17 +7,17 @@ namespace kvant::KVANT_ISA {
 
 template <int M, int NB>
 inline void product_tile(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int inner) {
-  F8 acc[M][NB];
+  Carried<F8> acc[M][NB];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < NB; ++n) acc[m][n] = load<F8>(c + m * ldc + 8 * n);
   for (int k = 0; k < inner; ++k) {
     F8 row[NB];
     for (int n = 0; n < NB; ++n) row[n] = load<F8>(b + k * ldb + 8 * n);
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < NB; ++n) acc[m][n] += row[n] * all(a[m * lda + k]);
+      for (int n = 0; n < NB; ++n) multiply_add(acc[m][n], row[n], all(a[m * lda + k]));
   }
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < NB; ++n) store(c + m * ldc + 8 * n, acc[m][n]);
+    for (int n = 0; n < NB; ++n) store<F8>(c + m * ldc + 8 * n, acc[m][n]);
 }
 
 template <int NB>

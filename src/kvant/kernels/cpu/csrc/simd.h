@@ -374,7 +374,8 @@ inline int32x4_t dot4(int32x4_t sum, int8x16_t a, int8x16_t b) {
 }
 #endif
 
-// Sums over each lane's four bytes of u * s, u unsigned and at most 15, s signed: up to 8 `add`s, then `total`. `start`
+// Sums over each lane's four bytes of u * s, u unsigned and at most 127, s signed: `add`s, then `total`. The sums over
+// two bytes are to fit 16 bits: those of 8 `add`s do where u is at most 15, of 16 where s is -8 to 7. `start`
 // makes all lanes' sums begin elsewhere, at what `start_of` made of a number: minus 8 times the sum of all s to come.
 //
 // Or, of sums that fit 16 bits, `add_scaled` adds their products with scale * other / 2^15, rounded, and a lane holds

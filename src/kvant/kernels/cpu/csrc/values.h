@@ -30,6 +30,18 @@ inline int16x8_t words_of(uint8x16_t x, bool upper) {
   const uint8x8_t bytes = upper ? vget_high_u8(x) : vget_low_u8(x);
   return Kind == kSigned8 ? vmovl_s8(vreinterpret_s8_u8(bytes)) : vreinterpretq_s16_u16(vmovl_u8(bytes));
 }
+#elif defined(__AVX2__)
+template <Codes Kind>
+inline __m256i words_of(const uint8_t* p) {
+  const __m128i bytes = load<__m128i>(p);
+  return Kind == kSigned8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
+}
+#else
+template <Codes Kind>
+inline int16_t code_of(const uint8_t* p, int i) {
+  if (Kind == kCodes4) return p[i / 2] >> i % 2 * 4 & 15;
+  return Kind == kSigned8 ? static_cast<int8_t>(p[i]) : p[i];
+}
 #endif
 
 // Calls use(i, vector) with 32 dims of two tokens as four vectors of 8 dims: the first token's code below the second's.
@@ -37,14 +49,10 @@ inline int16x8_t words_of(uint8x16_t x, bool upper) {
 template <Codes Kind, class Use>
 inline void pair_rows(const uint8_t* a, const uint8_t* b, Use use) {
 #if defined(__AVX2__)
-  const auto words = [](const uint8_t* p) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return Kind == kSigned8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
-  };
   for (int i = 0; i < 4; i += 2) {
     if (Kind == kCodes4 && i) break;
     wait_for(a);
-    const __m256i x = words(a + 8 * i), y = words(b + 8 * i), mask = _mm256_set1_epi16(15);
+    const __m256i x = words_of<Kind>(a + 8 * i), y = words_of<Kind>(b + 8 * i), mask = _mm256_set1_epi16(15);
     __m256i low = _mm256_unpacklo_epi16(x, y), high = _mm256_unpackhi_epi16(x, y);
     if constexpr (Kind != kCodes4) {
       use(i, (S16)low);
@@ -65,13 +73,9 @@ inline void pair_rows(const uint8_t* a, const uint8_t* b, Use use) {
   for (int v = 0; v < kColumns; ++v)
     use(v, of_halves<S16>(words_of<Kind>(x[v / 2], v % 2), words_of<Kind>(y[v / 2], v % 2)));
 #else
-  const auto code = [](const uint8_t* p, int i) -> int16_t {
-    if (Kind == kCodes4) return p[i / 2] >> i % 2 * 4 & 15;
-    return Kind == kSigned8 ? static_cast<int8_t>(p[i]) : p[i];
-  };
   for (int v = 0; v < kColumns; ++v) {
     S16 pair;
-    for (int i = 0; i < 8; ++i) pair[2 * i] = code(a, 8 * v + i), pair[2 * i + 1] = code(b, 8 * v + i);
+    for (int i = 0; i < 16; ++i) pair[i] = code_of<Kind>(i % 2 ? b : a, 8 * v + i / 2);
     use(v, pair);
   }
 #endif
