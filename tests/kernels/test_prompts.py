@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-import torch
 from torch import Tensor
 
 from kvant.formats.kv import KV_FORMATS, KVFormat
