@@ -103,7 +103,7 @@ class GgufSource(TensorSource):
             reader = _PlainReader(path)
             self.metadata = reader.metadata()
         except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-            raise CorruptModelError(f"{path} is not a whole GGUF file: {error}") from error
+            raise CorruptModelError(f"{path} is not a whole GGUF file ({error}); fetch it again") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._refuse_what_is_not_one_dense_model()
         self._family = self._find_family()
