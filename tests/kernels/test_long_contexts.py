@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvant.formats.kv import KV_FORMATS, KVFormat, KVLayer
 from kvant.formats.kv_codecs import AffineCodec, FloatCodec, ShapedCodec, hadamard
-from kvant.kernels.ops import AttentionShape, Ops
-from kvant.kernels.select import available_backends, select_ops
+from kvant.kernels.ops import AttentionShape
+from kvant.kernels.select import select_ops
 from tests.kernels.scenes import Scene, attended, random, scene_of
 from tests.kernels.tolerances import ON_THE_WHOLE, code_bits, rounded_bits
 
@@ -20,14 +20,6 @@ LONG = [(17, 1), (511, 1), (512, 1), (1023, 2), (700, 20), (1300, 1)]
 HALVES = FloatCodec(torch.float16)
 OF_4_BIT_VALUES = [name for name, fmt in KV_FORMATS.items() if code_bits(fmt.value) == 4]
 OF_4_BIT_KEYS = [name for name, fmt in KV_FORMATS.items() if code_bits(fmt.key) == 4]
-
-
-@pytest.fixture(
-    params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "triton")) for name in sorted(available_backends())],
-    scope="module",
-)
-def attending(request: pytest.FixtureRequest) -> Ops:
-    return available_backends()[request.param]()
 
 
 @cache

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from kvant.formats.kv import KV_FORMATS, KVFormat
 from kvant.formats.kv_codecs import AffineCodec, GroupedCodec, ShapedCodec
-from kvant.kernels.ops import AttentionShape, Ops
-from kvant.kernels.select import available_backends
+from kvant.kernels.ops import AttentionShape
 from tests.kernels.scenes import Scene, attended, random, scene_of
 from tests.kernels.test_long_contexts import OF_4_BIT_KEYS, held_in_8_bits
 from tests.kernels.tolerances import ON_THE_WHOLE, code_bits, rounded_bits_of_prompts
@@ -30,14 +29,6 @@ CASES = [
     (32, 2, 8, 90, 5.0),
     (256, 4, 64, 100, None),
 ]
-
-
-@pytest.fixture(
-    params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "triton")) for name in sorted(available_backends())],
-    scope="module",
-)
-def attending(request: pytest.FixtureRequest) -> Ops:
-    return available_backends()[request.param]()
 
 
 @cache
