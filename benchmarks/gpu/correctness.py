@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -157,9 +157,8 @@ def _sample(machine: Machine) -> Mapping[str, Any]:
         min_p=torch.tensor([0.0, 0.0, 0.0, 0.0, 0.05])[cycle % 5],
         uniform=torch.rand(rows, dtype=torch.float64),
     )
-    there = SamplingBatch(*(getattr(params, field.name).to(machine.device) for field in fields(params)))
     device_logits = logits.to(machine.device)
-    found = [machine.ops.sample(device_logits, there).cpu() for _ in range(3)]
+    found = [machine.ops.sample(device_logits, params).cpu() for _ in range(3)]
     nearby = [
         ReferenceOps().sample(logits, replace(params, uniform=(params.uniform + off).clamp(0, 1 - 1e-9)))
         for off in (-1e-5, 0.0, 1e-5)

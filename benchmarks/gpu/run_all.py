@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,28 @@ def main() -> int:
     start = time.time()
     run = time.strftime("%Y%m%d-%H%M%S", time.gmtime(start)) + f"-{os.getpid()}"
     deadline = start + args.budget_minutes * 60 - REPORT_SECONDS
-    crashes = 0
-    while time.time() < deadline and crashes < args.most_crashes:
-        if watch(command(args, run, deadline), args.out, run, deadline, args.small):
-            break
-        if not (args.out / "current.json").is_file():
-            return 1  # it did not come to the first case, and has said why
-        crashes += 1
+    if args.jobs > 1 and "correctness" in (args.only.split(",") if args.only else STAGES):
+        with ThreadPoolExecutor(args.jobs) as pool:  # nothing is timed, and compiling takes most of it
+            parts = [f"{index}/{args.jobs}" for index in range(args.jobs)]
+            list(pool.map(lambda part: go_on(args, run, deadline, part), parts))
+    if not go_on(args, run, deadline):
+        return 1
     report = [sys.executable, "-m", "gpu.report", str(args.out)]
     return subprocess.run(report, env=environment(), check=False).returncode
+
+
+def go_on(args: argparse.Namespace, run: str, deadline: float, part: str = "") -> bool:
+    """One process after the other until all is measured; false where one does not even begin, and has said why.
+
+    A part "2/8" is a share of the checks of correctness, for one of several that run side by side.
+    """
+    current = args.out / f"current{part.replace('/', '-of-')}.json"
+    for _ in range(args.most_crashes):
+        if time.time() > deadline or watch(command(args, run, deadline, part), current, run, deadline, args.small):
+            return True
+        if not current.is_file():
+            return False
+    return True
 
 
 def parsed() -> argparse.Namespace:
@@ -58,6 +72,8 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--changed", action="store_true", help="measure again what other code of kvant has measured")
     parser.add_argument("--small", action="store_true", help="miniature shapes: does everything run?")
+    jobs = min(8, (os.cpu_count() or 1) // 2)
+    parser.add_argument("--jobs", type=int, default=jobs, help=f"processes that check correctness ({jobs} here)")
     parser.add_argument("--most-crashes", type=int, default=20, help="processes that may crash or hang")
     args = parser.parse_args()
     unknown = set(filter(None, f"{args.only},{args.again}".split(","))) - set(STAGES)
@@ -66,10 +82,11 @@ def parsed() -> argparse.Namespace:
     return args
 
 
-def command(args: argparse.Namespace, run: str, deadline: float) -> list[str]:
+def command(args: argparse.Namespace, run: str, deadline: float, part: str) -> list[str]:
     """The process that measures."""
     flags = [f"--{name}" for name in ("small", "changed") if getattr(args, name)]
-    options = ["--run", run, "--deadline", str(deadline), "--only", args.only, "--again", args.again]
+    only = "correctness" if part else args.only
+    options = ["--run", run, "--deadline", str(deadline), "--only", only, "--again", args.again, "--part", part]
     return [sys.executable, "-m", "gpu.session", str(args.out), *options, *flags]
 
 
@@ -79,9 +96,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def watch(arguments: list[str], out: Path, run: str, deadline: float, small: bool) -> bool:
+def watch(arguments: list[str], current: Path, run: str, deadline: float, small: bool) -> bool:
     """Run a process that measures; whether it ended well, or had to end. A crash or a hang becomes a result."""
-    current = out / "current.json"
     current.unlink(missing_ok=True)
     process = subprocess.Popen(arguments, env=environment())
     while process.poll() is None:
@@ -91,10 +107,10 @@ def watch(arguments: list[str], out: Path, run: str, deadline: float, small: boo
             return True
         if time.time() > _read(current).get("limit", float("inf")):
             stop(process)
-            note(out, run, small, "it hung: it took more than five times as long as it should")
+            note(current, run, small, "it hung: it took more than five times as long as it should")
             return False
     if process.returncode:
-        note(out, run, small, f"its process ended with status {process.returncode}")
+        note(current, run, small, f"its process ended with status {process.returncode}")
     return process.returncode == 0
 
 
@@ -108,12 +124,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def note(out: Path, run: str, small: bool, error: str) -> None:
+def note(current: Path, run: str, small: bool, error: str) -> None:
     """Write down that the case which runs has failed, unless it has said so itself."""
-    found = _read(out / "current.json")
-    path = out / "results.jsonl"
-    last = path.read_text(encoding="utf-8").splitlines()[-1:] if path.is_file() else []
-    if not found or (last and f'"name": {json.dumps(found["name"])}, ' in last[0] and run in last[0]):
+    found = _read(current)
+    path = current.parent / "results.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not found or any(f'"name": {json.dumps(found["name"])}, ' in line and run in line for line in lines):
         return
     head = {key: found[key] for key in ("name", "stage", "tags", "card")}
     seconds = time.time() - found["start"]

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from gpu import attention, ceilings, correctness, correctness_engine, correctness_kv, engine, linear, small_ops, tune
 from gpu.case import STAGES, Case
 from gpu.machine import Machine
@@ -44,13 +46,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="stages, with commas")
     parser.add_argument("--again", default="", help="stages that are measured again")
     parser.add_argument("--changed", action="store_true", help="figures of other code do not count")
+    parser.add_argument("--part", default="", help="i/n: this one of so many shares of the cases")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     results, machine = Results(args.directory), Machine.here(args.small)
-    if "environment" not in results.of_run(args.run):
+    share, shares = map(int, args.part.split("/")) if args.part else (0, 1)
+    torch.set_num_threads(max(1, torch.get_num_threads() // shares))
+    if share == 0 and "environment" not in results.of_run(args.run):
         _append(results, machine, args.run, "environment", "environment", {}, {"figures": machine.describe()})
     only, again = (tuple(filter(None, text.split(","))) for text in (args.only, args.again))
-    cases = [case for case in all_cases(args.small) if case.stage in (only or STAGES)]
+    cases = [case for case in all_cases(args.small) if case.stage in (only or STAGES)][share::shares]
     stage, left = "", left_to_do(cases, results, machine, args.run, again, args.changed)
     print(f"{len(left)} of {len(cases)} cases are to be measured on {machine.card}", flush=True)
     for case in left:
@@ -61,7 +66,7 @@ def main() -> None:
             machine, stage = Machine.here(args.small), case.stage  # its ops know what was tuned
             machine.tidy()
             machine.tuned = _tuned(results, machine, args)
-        _measure(case, machine, results, args.run)
+        _measure(case, machine, results, args.run, args.part)
 
 
 def _tuned(results: Results, machine: Machine, args: argparse.Namespace) -> set[tuple[str, str]]:
@@ -74,12 +79,13 @@ def _tuned(results: Results, machine: Machine, args: argparse.Namespace) -> set[
     return tune.keys_of(records, machine.card)
 
 
-def _measure(case: Case, machine: Machine, results: Results, run: str) -> None:
+def _measure(case: Case, machine: Machine, results: Results, run: str, part: str = "") -> None:
     """One case, and its line. An error is a result, unless the card cannot go on after it."""
     start = time.time()
     current = {"name": case.name, "stage": case.stage, "tags": dict(case.tags), "card": machine.card}
     limit = start + max(60.0, 5 * case.seconds)
-    (results.directory / "current.json").write_text(json.dumps({**current, "start": start, "limit": limit}))
+    place = results.directory / f"current{part.replace('/', '-of-')}.json"
+    place.write_text(json.dumps({**current, "start": start, "limit": limit}))
     try:
         outcome = {"figures": dict(case.run(machine))}
         machine.wait()

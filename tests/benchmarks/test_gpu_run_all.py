@@ -74,7 +74,9 @@ def test_a_run_goes_on_where_the_last_one_stopped(tmp_path):
 
 @pytest.mark.slow
 def test_all_stages_run(tmp_path):
-    run(tmp_path)
+    run(tmp_path, "--jobs", "2")
+    names = [record["name"] for record in records(tmp_path)]
+    assert len(names) == len(set(names))
     wrong = [r for r in records(tmp_path) if "error" in r or r.get("figures", {}).get("right") is False]
     assert not wrong
     assert {record["stage"] for record in records(tmp_path)} == {"environment", *case.STAGES}
@@ -92,7 +94,7 @@ def fake_process(tmp_path: Path, code: str, deadline: float) -> bool:
     current = {"name": f"linear/{code}", "stage": "linear", "tags": {}, "card": "c", "start": time.time()}
     head = f"import json, pathlib, sys, time; current = {current!r}; place = pathlib.Path({str(tmp_path)!r})\n"
     head += "def at(limit): (place / 'current.json').write_text(json.dumps({**current, 'limit': limit}))\n"
-    return run_all.watch([sys.executable, "-c", head + code], tmp_path, "r", deadline, True)
+    return run_all.watch([sys.executable, "-c", head + code], tmp_path / "current.json", "r", deadline, True)
 
 
 def test_what_crashes_or_hangs_becomes_a_result(tmp_path):

@@ -5,10 +5,13 @@ Here "recording" keeps the function, and "replaying" calls it, on the fixed memo
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvant.cache.store import KVStore, SwapSpace
 from kvant.config import SamplingParams
@@ -121,3 +124,47 @@ def test_numbers_that_are_not_finite_are_seen(tiny_model):
     assert request is requests[1]
     assert isinstance(failure.error, NotFiniteError)
     assert calls
+
+
+class Seen(TorchDispatchMode):
+    """Notes where the memory lies that a function finds, not what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.lift_fresh.default:  # a tensor that `torch.tensor` has just made
+            self.found |= places((args, kwargs)) - self._made
+        out = func(*args, **(kwargs or {}))
+        self._made |= places(out) - self.found
+        return out
+
+
+def places(tree: object) -> set[int]:
+    """Where the memory of the tensors in it lies."""
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+
+
+def test_the_memory_that_a_graph_was_recorded_on_is_kept(tiny_model):
+    """A CUDA graph has addresses and keeps nothing alive; whoever frees what it reads gives it to somebody else."""
+    core, seen = core_of(tiny_model, max_num_seqs=2), Seen()
+
+    def record(function):
+        with seen:
+            function()
+        return lambda: None
+
+    graphs = DecodeGraphs(
+        core._model.decoder,
+        core.store,
+        spare_block=0,
+        max_num_seqs=2,
+        max_model_len=core.max_model_len,
+        recorder=record,
+    )
+    gc.collect()
+    assert graphs.sizes == (1, 2)
+    assert len(seen.found) > 20
+    assert seen.found <= places([one for one in gc.get_objects() if type(one) is torch.Tensor])

@@ -141,7 +141,7 @@ class DecodeGraphs:
         if ids is not None:
             self._fixed.numbers[:count] = ids
         step.replay()
-        return self._fixed.logits[:count], step.not_finite[:count]
+        return self._fixed.logits[:count], step.attention.not_finite[:count]
 
     def _fill(self, batch: Batch, size: int) -> None:
         count, attention = len(batch.ids), batch.attention
@@ -171,7 +171,7 @@ class DecodeGraphs:
             context_lens=(self._longest,) * size,
             block_tables=self._fixed.tables[:size],
         )
-        # Made now, so that the graph has their addresses.
+        # Made now, so that the graph has their addresses; it does not keep them.
         assert len(attention.starts) == size + 1
         context, not_finite = attention.lengths, attention.not_finite
         logits = self._fixed.logits[:size]
@@ -184,7 +184,7 @@ class DecodeGraphs:
 
         self._fill_with_padding(size)
         with torch.inference_mode():
-            return _Step(recorder(step), not_finite)
+            return _Step(recorder(step), attention)
 
     def _fill_with_padding(self, size: int) -> None:
         """Recording runs the step too: on nobody's tokens."""
@@ -193,10 +193,10 @@ class DecodeGraphs:
 
 @dataclass(frozen=True)
 class _Step:
-    """A recorded step, and where it says which tokens are not finite."""
+    """A recorded step, and the batch that it computes: memory that it reads, and where it marks what is not finite."""
 
     replay: Replay
-    not_finite: Tensor
+    attention: AttentionBatch
 
 
 def _padding(block: int, paging: Paging, count: int) -> Tensor:
