@@ -206,7 +206,7 @@ def core_of(machine: Machine, model: LoadedModel, kv: str, requests: Sequence[Le
     settings: dict[str, Any] = {
         "dtype": str(machine.dtype).removeprefix("torch."),
         "kv_cache_dtype": kv,
-        "max_model_len": longest + 1,
+        "max_model_len": longest,
         "max_num_seqs": len(requests),
         "max_num_batched_tokens": _CHUNK,
         "block_size": BLOCK_SIZE,
@@ -214,7 +214,7 @@ def core_of(machine: Machine, model: LoadedModel, kv: str, requests: Sequence[Le
         "seed": 0,
     }
     if "kv_cache_memory" not in different:
-        settings["num_kv_blocks"] = Paging(BLOCK_SIZE, plan.lead).blocks_for(longest + 1) * len(requests)
+        settings["num_kv_blocks"] = Paging(BLOCK_SIZE, plan.lead).blocks_for(longest) * len(requests)
     if machine.cuda:
         settings["device"] = "cuda"
     return Core(model, EngineConfig(**settings | different), kv=plan)

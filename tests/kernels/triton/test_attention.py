@@ -112,6 +112,18 @@ def test_a_context_in_parts_and_tiles_of_any_size(name):
         check(out, q, it, shape)
 
 
+@pytest.mark.parametrize(("name", "tile"), [("int8", 64), ("int4", 64), ("int8", 32)])
+@pytest.mark.parametrize("few", [0, 4], ids=["many at once", "one by one"])
+def test_terms_of_the_centre_are_left_for_the_loop(name, tile, few, monkeypatch):
+    monkeypatch.setattr(attention_decode, "FEW_TILES", few)
+    it, shape = made(name, lengths=[(250, 1), (63, 1), (1300, 1)]), AttentionShape(3, 1, 64, 0.15)
+    q = torch.randn(it.tokens, 3, 64)
+    for splits in (1, 2):
+        out = torch.full_like(q, float("nan"))
+        decode(q, it.cache, it.batch, shape, out, Config({"TILE": tile, "SPLITS": splits}))
+        check(out, q, it, shape)
+
+
 def test_groups_that_words_do_not_fill():
     it = made("k8v4", 72, lengths=[(20, 1)])
     with pytest.raises(NotImplementedError, match="72 elements in 4 groups"):

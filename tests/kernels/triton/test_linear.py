@@ -182,7 +182,7 @@ REAL = [(1, 4096, 4096), (1, 22016, 4096), (16, 4096, 11008), (64, 12288, 4096),
 
 @pytest.mark.parametrize(("m", "n", "k"), REAL)
 def test_configurations_for_real_layers(m, n, k):
-    weight = SpanCodes((n, k), 4, 128, *(torch.zeros(1),) * 2, None, None, None, None, torch.zeros(1))
+    weight = SpanCodes((n, k), 4, 128, "pair", *(torch.zeros(1),) * 2, 1.0, None, None, torch.zeros(1))
     found = linear_packed.candidates(m, weight, torch.bfloat16)
     assert found[0] == linear_packed.default(m, weight, torch.bfloat16)
     for one in found:

@@ -6,6 +6,7 @@ does to values is undone on the sum of the parts.
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import torch
@@ -25,6 +26,8 @@ ROWS, COLUMNS = 16, 8  # that a product has at least
 MULTIPROCESSORS = 132  # of an H100; an A100 has 108
 MOST_SPLITS = 64
 MOST_REGISTERS = 255  # of a thread
+CENTRE_TERMS = 4  # of a query head and a tile of the keys' centre
+FEW_TILES = 4  # whose terms are computed one by one
 # What `merge` takes of a cache's sides.
 _MERGED = ("k_codes", "v_codes", "v_balance", "K_KIND", "V_KIND", "V_HADAMARD", "K_CODE_STRIDE", "V_CODE_STRIDE")
 
@@ -63,13 +66,26 @@ def attention_decode(
     k_type, v_type = dot_types(q.dtype, keys, values)
     group = shape.num_heads // shape.num_kv_heads
     members = min(triton.next_power_of_2(group), MOST_MEMBERS)
-    attend_tiles[(sequences, shape.num_kv_heads * triton.cdiv(group, members), splits)](
+    grid = (sequences, shape.num_kv_heads * triton.cdiv(group, members), splits)
+    tiles = _centre_tiles(cache, batch, shape, config)
+    terms = None
+    if keys.order and members > 1:
+        room = math.prod(grid) * tiles * members * CENTRE_TERMS
+        terms = torch.empty(room, dtype=torch.float32, device=q.device)
+    attend_tiles[grid](
         **launch, K_TYPE=k_type, V_TYPE=v_type, MEMBERS=members, ROWS=max(members, COLUMNS // 2), COLUMNS=COLUMNS,
-        ASSEMBLY=q.dtype != torch.float32 and not interpreted(),
+        ASSEMBLY=q.dtype != torch.float32 and not interpreted(), terms=terms, term_tiles=tiles,
+        MANY_TERMS=tiles > FEW_TILES,
     )  # fmt: skip
     if splits > 1:
         merged = {name: sides[name] for name in _MERGED}
         merge[(sequences, shape.num_heads)](**common, **merged, num_warps=2)
+
+
+def _centre_tiles(cache: KVLayer, batch: AttentionBatch, shape: AttentionShape, config: Config) -> int:
+    """How many tiles of the keys' centre a part of a context reaches into, at most."""
+    slots = triton.cdiv(_context(batch, shape) + cache.lead, config.blocks["TILE"]) + 1
+    return int(triton.cdiv(slots, config.blocks["SPLITS"]) * config.blocks["TILE"] // CENTRE_TILE + 2)
 
 
 def _check_groups(head_dim: int, *sides: Side) -> None:
@@ -92,15 +108,22 @@ def key(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape)
 
 def default(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Config:
     """A good guess for data-center GPUs of compute capability 8.0 and 9.0."""
-    # Stages: what says where a tile lies comes two before the tile, and a tile two before its products.
-    return _config(cache, batch, shape, min(_most_warps(cache), 2), 8, 5, 168)
+    # Stages: what says where a tile lies comes two before the tile, and a tile two before its products. Codes have much
+    # to be done with each byte, and one warp waits for no other.
+    if "float" in (side_of(cache, "key").kind, side_of(cache, "value").kind):
+        return _config(cache, batch, shape, min(_most_warps(cache), 2), 8, 5, 168)
+    # Preparing heads that share keys takes long, and each part does it. Others may have small parts: they end together.
+    each = 8 if shape.num_heads > shape.num_kv_heads else 64
+    return _config(cache, batch, shape, 1, each, 5, MOST_REGISTERS)
 
 
 def candidates(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> list[Config]:
     """What may be the fastest."""
-    warps = [count for count in (1, 2, 4) if count <= _most_warps(cache)]
+    sizes = [(1, 168), (1, MOST_REGISTERS), (2, 128), (2, 168), (2, MOST_REGISTERS), (4, 128)]
     found = [
-        _config(cache, batch, shape, *sizes) for sizes in product(warps, (4, 8, 16), (2, 5), (168, MOST_REGISTERS))
+        _config(cache, batch, shape, warps, each, stages, registers)
+        for (warps, registers), each, stages in product(sizes, (8, 16, 64), (3, 5))
+        if warps <= _most_warps(cache)
     ]
     return [config for at, config in enumerate(found) if config not in found[:at]]
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kvant.kernels.triton.attention_parts import completed, decoded_length, part_of
-from kvant.kernels.triton.kv_centre import by_row, centre_terms, curves, tile_terms, turn_speeds
+from kvant.kernels.triton.kv_centre import by_row, centre_terms, curves, put_terms, terms_of, tile_terms, turn_speeds
 from kvant.kernels.triton.kv_tiles import capped, hadamard, steps_at, words_of
 from kvant.kernels.triton.kv_words import (
     codes_at,
@@ -183,9 +183,9 @@ def _gathered(x, shifted, own, PARTS: tl.constexpr):
     return tl.sum(tl.where(own[:, None, :], x, 0.0), 2)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "term_tiles"])
 def attend_tiles(
-    q, out, sums, tops, starts, lengths, tables, scale, q_stride, table_stride,
+    q, out, sums, tops, terms, starts, lengths, tables, scale, q_stride, table_stride, term_tiles,
     k_codes, k_meta, k_scale, k_balance, v_codes, v_meta, v_scale, v_balance, centre, frequencies, basis,
     K_KIND: tl.constexpr, K_STEPS: tl.constexpr, K_GROUPS: tl.constexpr, K_CODE_STRIDE: tl.constexpr,
     K_META_STRIDE: tl.constexpr, K_HADAMARD: tl.constexpr, K_TYPE: tl.constexpr,
@@ -193,12 +193,13 @@ def attend_tiles(
     V_META_STRIDE: tl.constexpr, V_HADAMARD: tl.constexpr, V_TYPE: tl.constexpr,
     ORDER: tl.constexpr, TURNING: tl.constexpr, SINKS: tl.constexpr, SPAN: tl.constexpr, LEAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, CENTRE_TILE: tl.constexpr, ASSEMBLY: tl.constexpr, MEMBERS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    SOFTCAP: tl.constexpr, CENTRE_TILE: tl.constexpr, MANY_TERMS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    MEMBERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Up to MEMBERS query heads of a KV head over a part of its context; ROWS, a multiple, fill the products.
 
-    A single part, SPLITS = 1, is an output; of others sums and tops are left for `merge`.
+    A single part, SPLITS = 1, is an output; of others sums and tops are left for `merge`. In `terms`, if there are any,
+    is room for a program's terms of `term_tiles` tiles of the keys' centre.
     """
     sequence, split = tl.program_id(0), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -242,10 +243,20 @@ def attend_tiles(
             query + few * DIM, member + few < GROUP, centre + head * ORDER * DIM, scale, MEMBERS, ORDER, TURNING, DIM
         )
         speeds = turn_speeds(frequencies, TURNING)
-        terms = tile_terms(
-            with_cos, with_sin, with_none, speeds, tl.maximum(begin - LEAD, 0) // CENTRE_TILE, CENTRE_TILE
-        )
-        old0, old1, old2, old3 = by_row(terms, ROWS)
+        first_tile = tl.maximum(begin - LEAD, 0) // CENTRE_TILE
+        if terms is None:
+            first_terms = tile_terms(with_cos, with_sin, with_none, speeds, first_tile, CENTRE_TILE)
+        else:
+            # Of several heads they would fill the registers that the loop over the context needs.
+            program = (sequence * tl.num_programs(1) + tl.program_id(1)) * SPLITS + split
+            own_terms = terms + program.to(tl.int64) * term_tiles * (MEMBERS * 4)
+            last_tile = (end - 1 - LEAD) // CENTRE_TILE
+            put_terms(
+                own_terms, with_cos, with_sin, with_none, speeds, first_tile, last_tile, CENTRE_TILE, MANY_TERMS
+            )  # fmt: skip
+            tl.debug_barrier()
+            first_terms = terms_of(own_terms, 0, MEMBERS)
+        old0, old1, old2, old3 = by_row(first_terms, ROWS)
         # The same for all tiles, if these are as large as the centre's.
         offsets = (begin - LEAD + tl.arange(0, TILE)[:, None]) & (CENTRE_TILE - 1)
         curve0, curve1, curve2, curve3 = curves(basis, offsets, ORDER)
@@ -276,8 +287,11 @@ def attend_tiles(
         dots = _dots(keys, q0, q1, q2, q3, lack, K_KIND, K_TYPE, ASSEMBLY)
         scores = _scored(dots, k_step, k_shift, total_q, K_STEPS, K_PARTS)
         if ORDER > 0:
-            last = (start + TILE - 1 - LEAD) // CENTRE_TILE
-            next_terms = tile_terms(with_cos, with_sin, with_none, speeds, last, CENTRE_TILE)
+            last = tl.maximum((start + TILE - 1 - LEAD) // CENTRE_TILE, first_tile)
+            if terms is None:
+                next_terms = tile_terms(with_cos, with_sin, with_none, speeds, last, CENTRE_TILE)
+            else:
+                next_terms = terms_of(own_terms, last - first_tile, MEMBERS)
             now0, now1, now2, now3 = by_row(next_terms, ROWS)
             if TILE < CENTRE_TILE:
                 curve0, curve1, curve2, curve3 = curves(basis, (numbers - LEAD) & (CENTRE_TILE - 1), ORDER)

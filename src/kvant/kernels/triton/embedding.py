@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvant.kernels.triton.span_codes import codes_less, of_group
+from kvant.kernels.triton.span_codes import codes_less, meant, word_of
 from kvant.kernels.triton.weights import WORDS, Dense, RowCodes, SpanCodes, TritonWeight
 
-_ROWS = 16
+_FEW, _MANY = 16, 64  # rows of a program, for some of a matrix and for all
 
 
 def embedding(ids: Tensor, weight: TritonWeight) -> Tensor:
@@ -36,21 +36,22 @@ def _rows_of(weight: RowCodes, ids: Tensor) -> Tensor:
 
 def _launch(weight: SpanCodes, out: Tensor, ids: Tensor | None, order: Tensor | None) -> Tensor:
     (n, k), count = weight.shape, out.shape[0]
-    grid = (-(-k // weight.span), triton.cdiv(count, _ROWS))
+    rows = _MANY if ids is None else _FEW
+    grid = (-(-k // weight.span), triton.cdiv(count, rows))
     if count:
         _rows[grid](
-            weight.words, weight.scale, weight.zero, weight.bias, ids, order, out, count, n, k, weight.scale.shape[0],
-            BITS=weight.bits, GROUP=weight.group, WORDS=WORDS, ROWS=_ROWS,
+            weight.words, weight.steps, weight.unit, ids, order, out, count, n, k, triton.cdiv(k, weight.group),
+            BITS=weight.bits, GROUP=weight.group, KIND=weight.kind, WORDS=WORDS, ROWS=rows,
         )  # fmt: skip
     return out
 
 
 @triton.jit
 def _rows(
-    words, scales, zeros, biases, ids, order, out, count, n, k, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
+    words, steps, unit, ids, order, out, count, n, k, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program: a span of some rows. zeros, biases, ids and order may be None."""
+    """A program: a span of some rows. ids and order may be None."""
     span, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside, j = row < count, tl.arange(0, WORDS)
     source = row if ids is None else tl.load(ids + row, inside, other=0).to(tl.int32)
@@ -60,15 +61,9 @@ def _rows(
     for place in tl.static_range(PLACES):
         column = (span * PLACES + place) * WORDS + j
         group = (span * PLACES + place) * WORDS // GROUP
-        scale = of_group(scales, group, groups, n, source, inside).to(tl.float32)
-        zero = tl.full([ROWS], 1 << (BITS - 1), tl.float32)
-        if zeros is not None:
-            zero = of_group(zeros, group, groups, n, source, inside).to(tl.float32)
-        elif biases is not None:
-            zero = tl.zeros_like(scale)
-        values = codes_less(packed, zero, place, tl.float32, BITS, False) * scale[:, None]
-        if biases is not None:
-            values += of_group(biases, group, groups, n, source, inside).to(tl.float32)[:, None]
+        word = word_of(steps, group, groups, n, source, inside, KIND)
+        scale, zero, bias = meant(word, group, groups, KIND, BITS)
+        values = (codes_less(packed, zero, place, tl.float32, BITS, False) * scale[:, None] + bias[:, None]) * unit
         held = column < k
         target = column if order is None else tl.load(order + column, held, other=0)
         to = out + row.to(tl.int64)[:, None] * k + target[None, :]

@@ -10,6 +10,12 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def pairs_of(TURNING):
+    """The pairs that turn, and as many more as products on tensor cores need."""
+    return max(16, triton.next_power_of_2(TURNING))
+
+
 @triton.jit
 def centre_terms(
     q, held, centre, scale, ROWS: tl.constexpr, ORDER: tl.constexpr, TURNING: tl.constexpr, DIM: tl.constexpr
@@ -21,7 +27,7 @@ def centre_terms(
     """
     TERMS: tl.constexpr = 4
     tl.static_assert(ORDER <= TERMS)
-    PAIRS: tl.constexpr = triton.next_power_of_2(max(TURNING, 1))
+    PAIRS: tl.constexpr = pairs_of(TURNING)
     term, pair = tl.arange(0, TERMS)[None, :, None], tl.arange(0, PAIRS)[None, None, :]
     column = tl.arange(0, triton.next_power_of_2(DIM))[None, None, :]
     turning, still = pair < TURNING, (column >= 2 * TURNING) & (column < DIM)
@@ -38,7 +44,7 @@ def centre_terms(
 @triton.jit
 def turn_speeds(frequencies, TURNING: tl.constexpr):
     """Turns per position of the pairs, float64, zeros behind the last."""
-    pair = tl.arange(0, triton.next_power_of_2(max(TURNING, 1)))
+    pair = tl.arange(0, pairs_of(TURNING))
     return tl.load(frequencies + pair, pair < TURNING, 0).to(tl.float64) * 0.15915494309189535
 
 
@@ -65,6 +71,39 @@ def tile_terms(with_cos, with_sin, with_none, speeds, tile, CENTRE_TILE: tl.cons
     """What `centre_terms` make of a tile of the centre's: factors [ROWS, terms] of the `curve`s."""
     cos, sin = turned_by(tile * CENTRE_TILE + (CENTRE_TILE - 1) / 2, speeds)
     return tl.sum(with_cos * cos[None, None, :] + with_sin * sin[None, None, :], 2) + with_none
+
+
+@triton.jit
+def put_terms(at, with_cos, with_sin, with_none, speeds, first, last, CENTRE_TILE: tl.constexpr, MANY: tl.constexpr):
+    """Leave the `tile_terms` of tiles [first, last] at pointer `at`, [tiles, ROWS, 4] float32.
+
+    If they are MANY, 16 tiles at a time: as one product of their cosines and sines with the queries' terms.
+    """
+    COLUMNS: tl.constexpr = with_none.shape[0] * with_none.shape[1]
+    column = tl.arange(0, COLUMNS)
+    none = tl.reshape(with_none, [1, COLUMNS])
+    if MANY:
+        TILES: tl.constexpr = 16
+        right_cos = tl.trans(tl.reshape(with_cos, [COLUMNS, with_cos.shape[2]]))
+        right_sin = tl.trans(tl.reshape(with_sin, [COLUMNS, with_sin.shape[2]]))
+        for start in tl.range(first, last + 1, TILES, num_stages=1):
+            tile = start + tl.arange(0, TILES)
+            middles = tile.to(tl.float64) * CENTRE_TILE + (CENTRE_TILE - 1) / 2
+            cos, sin = turned_by(middles[:, None], speeds[None, :])
+            terms = tl.dot(cos, right_cos, tl.broadcast_to(none, [TILES, COLUMNS]), input_precision="tf32x3")
+            terms = tl.dot(sin, right_sin, terms, input_precision="tf32x3")
+            to = at + (tile - first)[:, None] * COLUMNS + column[None, :]
+            tl.store(to, terms, (tile <= last)[:, None])
+    else:
+        for tile in tl.range(first, last + 1, num_stages=1):
+            terms = tile_terms(with_cos, with_sin, with_none, speeds, tile, CENTRE_TILE)
+            tl.store(at + (tile - first) * COLUMNS + column, tl.reshape(terms, [COLUMNS]))
+
+
+@triton.jit
+def terms_of(at, tile, MEMBERS: tl.constexpr):
+    """The first MEMBERS heads' terms of a tile [MEMBERS, 4], as `put_terms` left them of as many heads."""
+    return tl.load(at + (tile * MEMBERS + tl.arange(0, MEMBERS)[:, None]) * 4 + tl.arange(0, 4)[None, :])
 
 
 @triton.jit

@@ -6,7 +6,6 @@ and what is unpacked is multiplied from registers, without a way through shared 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 import torch
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from kvant.kernels.triton.embedding import expanded
 from kvant.kernels.triton.launch import Config, interpreted
-from kvant.kernels.triton.span_codes import codes_less, of_group
+from kvant.kernels.triton.span_codes import codes_less, loads_words, meant, word_of
 from kvant.kernels.triton.sums import finish, leave, room_for_parts, split_for
 from kvant.kernels.triton.weights import SPANS, WORDS, SpanCodes
 
 # Tokens from which a matrix that is expanded to 16 bits first is multiplied faster, by cuBLAS.
-_MANY = 512
+_MANY = 128
 _MANY_IN_FLOAT32 = 16  # there tensor cores are of no use
 _MULTIPROCESSORS = 132
 EXPAND = Config({"EXPAND": 1})
@@ -34,8 +33,7 @@ def key(m: int, weight: SpanCodes, dtype: torch.dtype) -> str:
     m is 1, or the next power of two from 8 on.
     """
     (n, k), group, name = weight.shape, min(weight.group, weight.shape[1]), str(dtype).removeprefix("torch.")
-    kind = "bias" if weight.bias is not None else "symmetric" if weight.zero is None else "zero"
-    return f"m{_tokens(m) if m > 1 else 1} n{n} k{k} int{weight.bits} g{group} {kind} {name}"
+    return f"m{_tokens(m) if m > 1 else 1} n{n} k{k} int{weight.bits} g{group} {weight.kind} {name}"
 
 
 def default(m: int, weight: SpanCodes, dtype: torch.dtype) -> Config:
@@ -43,26 +41,28 @@ def default(m: int, weight: SpanCodes, dtype: torch.dtype) -> Config:
     if m > (_MANY_IN_FLOAT32 if dtype == torch.float32 else _MANY):
         return EXPAND
     tokens = min(_tokens(m), 128)
-    if tokens <= 32:
-        # Two warps: on Hopper, too, tensor cores are then asked in the old way, that waits for less.
-        return _config(m, weight, 64, tokens, 128, 2, 4)
-    return _config(m, weight, 64, 64, 128, 4, 3) if tokens == 64 else _config(m, weight, 128, 128, 128, 8, 3)
+    if tokens > 64:
+        return _config(m, weight, 128, tokens, 128, 8, 3, 1, fold=0)
+    if tokens == 64:
+        return _config(m, weight, 128, tokens, 128, 8, 3, 2, fold=1)
+    return _config(m, weight, 128, tokens, 128, 4, 3, 3, fold=1)
 
 
 def candidates(m: int, weight: SpanCodes, dtype: torch.dtype) -> list[Config]:
     """What is worth a measurement."""
-    found, tokens = [default(m, weight, dtype)], _tokens(m)
-    if tokens <= 64:
-        tiles, loops = [(64, 2), (64, 4), (128, 8 if tokens == 64 else 4)], [(128, 3), (128, 5), (256, 3)]
-        found += [
-            _config(m, weight, rows, tokens, depth, warps, stages, each)
-            for (rows, warps), (depth, stages), each in product(tiles, loops, (3, 8))
-        ]
+    found, tokens = [default(m, weight, dtype)], min(_tokens(m), 128)
+    if tokens <= 32:
+        tiles, loops, often = [(64, 2), (128, 2), (128, 4)], [(128, 3), (256, 2), (256, 3)], [2, 3, 5]
+    elif tokens == 64:
+        tiles, loops, often = [(64, 4), (128, 4), (128, 8)], [(128, 3), (256, 2), (256, 3)], [1, 2]
     else:
-        larger = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (64, 128, 128, 4, 3), (128, 128, 128, 8, 3)]
-        larger += [(128, 128, 64, 8, 4), (128, 256, 64, 8, 3)]
-        found += [EXPAND, *(_config(m, weight, *tile, each) for tile, each in product(larger, (1, 2)))]
-        found += [replace(one, blocks={**one.blocks, "FOLD": 0}) for one in found if one.blocks.get("FOLD")]
+        tiles, loops, often = [(128, 4), (128, 8)], [(128, 3), (256, 3)], [1]
+        found.append(EXPAND)
+    found += [
+        _config(m, weight, rows, tokens, depth, warps, stages, each, fold)
+        for (rows, warps), (depth, stages), each in product(tiles, loops, often)
+        for fold in ([1] if tokens <= 64 else [0] if weight.kind == "bias" else [0, 1])
+    ]
     return [config for at, config in enumerate(found) if config not in found[:at]]
 
 
@@ -71,18 +71,16 @@ def _tokens(m: int) -> int:
 
 
 def _config(
-    m: int, weight: SpanCodes, rows: int, tokens: int, depth: int, warps: int, stages: int, each: int | None = None
+    m: int, weight: SpanCodes, rows: int, tokens: int, depth: int, warps: int, stages: int, each: int, fold: int
 ) -> Config:
     """A program computes so many rows of so many tokens, `depth` columns at a time.
 
-    Sums are cut for `each` programs on a multiprocessor; None is as many as have room there.
+    Sums are cut for about `each` programs on a multiprocessor. To `fold` is to scale sums over a group, not weights:
+    it costs less, where there are registers for a second sum.
     """
     step = min(SPANS, depth // weight.span)
     steps = triton.cdiv(triton.cdiv(weight.shape[1], weight.span), step)
     blocks = triton.cdiv(m, tokens) * triton.cdiv(weight.shape[0], rows)
-    each = each or (8 if tokens <= 32 else 2 if tokens == 64 else 1)
-    # Scaling sums over a group costs less than scaling weights, where there are registers for a second sum or third.
-    fold = int(tokens <= (128 if weight.bias is None else 64))
     split = split_for(steps, blocks, each * _MULTIPROCESSORS)
     return Config({"ROWS": rows, "TOKENS": tokens, "STEP": step, "SPLIT": split, "FOLD": fold}, warps, stages)
 
@@ -110,47 +108,49 @@ def _launch(x: Tensor, weight: SpanCodes, bias: Tensor | None, config: Config) -
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     parts = room_for_parts(blocks["SPLIT"], out, grid[0] * grid[1], weight.arrivals)
     _linear[grid](
-        x, weight.words, weight.scale, weight.zero, weight.bias, bias, out, parts, weight.arrivals,
-        m, n, k, x.stride(0), weight.scale.shape[0],
-        BITS=weight.bits, GROUP=weight.group, WORDS=WORDS, ASSEMBLY=x.dtype != torch.float32 and not interpreted(),
+        x, weight.words, weight.steps, weight.unit, bias, out, parts, weight.arrivals,
+        m, n, k, x.stride(0), triton.cdiv(k, weight.group),
+        BITS=weight.bits, GROUP=weight.group, KIND=weight.kind, WORDS=WORDS,
+        ASSEMBLY=x.dtype != torch.float32 and not interpreted(), WHOLE=n % blocks["ROWS"] == 0,
         EVEN=k % (weight.span * blocks["STEP"]) == 0, **config.options,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "unit"])
 def _linear(
-    x, words, scales, zeros, biases, bias, out, parts, arrivals, m, n, k, x_stride, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,
-    EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
-    FOLD: tl.constexpr,
+    x, words, steps, unit, bias, out, parts, arrivals, m, n, k, x_stride, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
+    SPLIT: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """A program: ROWS outputs of TOKENS tokens, over one of SPLIT parts of K; STEP spans at a time.
 
-    zeros, biases, bias and parts may be None.
+    bias and parts may be None.
     """
     SPAN: tl.constexpr = WORDS * (16 // BITS)
     # Spans that share a scale.
     PIECE: tl.constexpr = STEP if GROUP >= STEP * SPAN else (GROUP // SPAN if GROUP >= SPAN else 1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row, part = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(2)
-    steps = tl.cdiv(tl.cdiv(k, SPAN), STEP)
-    first, last = steps * part // SPLIT, steps * (part + 1) // SPLIT
-    # What scales the sums of a step is loaded a step ahead. Triton does so for operands of products only; and those may
-    # not be carried over, or it multiplies from shared memory.
-    AHEAD: tl.constexpr = FOLD and GROUP >= STEP * SPAN
-    scale, offset = _of_group(scales, biases, first * STEP * SPAN // GROUP, groups, n, row)
+    count = tl.cdiv(tl.cdiv(k, SPAN), STEP)
+    first, last = count * part // SPLIT, count * (part + 1) // SPLIT
+    j = tl.arange(0, PIECE * WORDS)
+    span = first * STEP + j // WORDS
+    # Carried on from step to step: to compute them anew would take a quarter of all instructions.
+    codes_at = words + span.to(tl.int64)[None, :] * (n * WORDS) + row[:, None] * WORDS + (j % WORDS)[None, :]
+    inputs_at = x + token.to(tl.int64)[None, :] * x_stride + (span * SPAN + j % WORDS)[:, None]
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in range(first, last):
-        next_scale, next_offset = scale, offset
-        if AHEAD:
-            next_scale, next_offset = _of_group(scales, biases, (step + 1) * STEP * SPAN // GROUP, groups, n, row)
         for piece in tl.static_range(STEP // PIECE):
             total = _add_piece(
-                total, step * STEP + piece * PIECE, x, words, scales, zeros, biases, scale, offset, row, token,
-                m, n, k, x_stride, groups, BITS, GROUP, WORDS, ASSEMBLY, EVEN, PIECE, FOLD, AHEAD,
+                total, step * STEP + piece * PIECE, codes_at + piece * PIECE * n * WORDS,
+                inputs_at + piece * PIECE * SPAN, steps, row, token, m, n, k, groups,
+                BITS, GROUP, KIND, WORDS, ASSEMBLY, WHOLE, EVEN, PIECE, FOLD,
             )  # fmt: skip
-        scale, offset = next_scale, next_offset
+        codes_at += STEP * n * WORDS
+        inputs_at += STEP * SPAN
+    total *= unit
     if SPLIT > 1:
         leave(total, parts, arrivals, bias, out, row, token, m, n, SPLIT)
     else:
@@ -158,57 +158,44 @@ def _linear(
 
 
 @triton.jit
-def _of_group(scales, biases, group, groups, n, row):
-    """The scale and the bias of rows in a group as they are stored; anything for a bias that is not."""
-    scale = of_group(scales, group, groups, n, row, row < n)
-    offset = scale if biases is None else of_group(biases, group, groups, n, row, row < n)
-    return scale, offset
-
-
-@triton.jit
 def _add_piece(
-    total, span, x, words, scales, zeros, biases, scale, offset, row, token, m, n, k, x_stride, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,
-    EVEN: tl.constexpr, PIECE: tl.constexpr, FOLD: tl.constexpr, AHEAD: tl.constexpr,
+    total, span, codes_at, inputs_at, steps, row, token, m, n, k, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, PIECE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """total + W x^T over PIECE spans from `span` on; scale and offset are theirs if AHEAD, and loaded here if not."""
+    """total + W x^T over PIECE spans from `span` on."""
     PLACES: tl.constexpr = 16 // BITS
     ALIKE: tl.constexpr = PLACES if GROUP >= PLACES * WORDS else GROUP // WORDS  # places that share a scale
-    TYPE: tl.constexpr = x.dtype.element_ty
+    TYPE: tl.constexpr = inputs_at.dtype.element_ty
+    inside = row < n
+    codes = tl.load(codes_at) if WHOLE else tl.load(codes_at, inside[:, None], other=0)
     j = tl.arange(0, PIECE * WORDS)
-    at = (span + j // WORDS).to(tl.int64)[None, :] * (n * WORDS) + row[:, None] * WORDS + (j % WORDS)[None, :]
-    codes = tl.load(words + at, (row < n)[:, None], other=0)
-    column = (span + j // WORDS) * (WORDS * PLACES) + j % WORDS
+    column = (span + j // WORDS) * (PLACES * WORDS) + j % WORDS
     for place in tl.static_range(PLACES):
-        at_x = x + token.to(tl.int64)[None, :] * x_stride + (column + place * WORDS)[:, None]
         held = (token < m)[None, :]
         if not EVEN:
             held = held & (column + place * WORDS < k)[:, None]
-        inputs = tl.load(at_x, held, other=0.0)
+        inputs = tl.load(inputs_at + place * WORDS, held, other=0.0)
         if place % ALIKE == 0:
             group = (span * PLACES + place) * WORDS // GROUP
-            if not AHEAD:
-                scale, offset = _of_group(scales, biases, group, groups, n, row)
-            factor, zero = scale.to(tl.float32), tl.full(row.shape, 1 << (BITS - 1), tl.float32)
-            if zeros is not None:
-                zero = of_group(zeros, group, groups, n, row, row < n).to(tl.float32)
-            more = offset.to(tl.float32) + zero * factor
+            if loads_words(place, ALIKE, KIND):
+                word = word_of(steps, group, groups, n, row, inside, KIND)
+            scale, zero, bias = meant(word, group, groups, KIND, BITS)
+            some, sums = tl.zeros_like(total), tl.zeros_like(total)
         value = codes_less(codes, zero, place, TYPE, BITS, ASSEMBLY)
         if FOLD:
-            if place % ALIKE == 0:
-                some, inputs_sum = tl.zeros_like(total), tl.zeros_like(total)
             some = tl.dot(value, inputs, some, input_precision="ieee")
-            if biases is not None:
+            if KIND == "bias":
                 # Tensor cores have time for it; a sum over threads would wait.
-                ones = tl.full([row.shape[0], PIECE * WORDS], 1.0, tl.float32).to(TYPE)
-                inputs_sum = tl.dot(ones, inputs, inputs_sum, input_precision="ieee")
+                ones = tl.full(codes.shape, 1.0, tl.float32).to(TYPE)
+                sums = tl.dot(ones, inputs, sums, input_precision="ieee")
             if place % ALIKE == ALIKE - 1:
-                total += some * factor[:, None]
-                if biases is not None:
-                    total += inputs_sum * more[:, None]
+                total += some * scale[:, None]
+                if KIND == "bias":
+                    total += sums * bias[:, None]
         else:
-            wide = value.to(tl.float32) * factor[:, None]
-            if biases is not None:
-                wide += more[:, None]
+            wide = value.to(tl.float32) * scale[:, None]
+            if KIND == "bias":
+                wide += bias[:, None]
             total = tl.dot(wide.to(TYPE), inputs, total, input_precision="ieee")
     return total

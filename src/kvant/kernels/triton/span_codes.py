@@ -42,7 +42,34 @@ def _asm(CODE: tl.constexpr, words, less):
     return tl.inline_asm_elementwise(CODE, "=r,r,r", [words, less[:, None]], dtype=less.dtype, is_pure=True, pack=2)
 
 
+@triton.constexpr_function
+def loads_words(PLACE, ALIKE, KIND):
+    """Whether codes at a place, the first of ALIKE, are in a group whose word none of the span's places before has."""
+    return KIND != "pair" or PLACE // ALIKE % 2 == 0
+
+
 @triton.jit
-def of_group(values, group, groups, n, rows, inside):
-    """What [groups, n] values say of these rows in a group; behind the last group, the last."""
-    return tl.load(values + tl.minimum(group, groups - 1) * n + rows, inside, other=0.0)
+def word_of(steps, group, groups, n, rows, inside, KIND: tl.constexpr):
+    """The rows' words of a group; behind the last group, the last."""
+    at = tl.minimum(group, groups - 1)
+    return tl.load(steps + (at // 2 if KIND == "pair" else at) * n + rows, inside, other=0)
+
+
+@triton.jit
+def meant(word, group, groups, KIND: tl.constexpr, BITS: tl.constexpr):
+    """What words say, float32: scale, zero and bias, x = (code - zero) * scale + bias; the bias is 0 where none is."""
+    at = tl.minimum(group, groups - 1)
+    scale = _half(word >> (at % 2 * 16)) if KIND == "pair" else _half(word)
+    # The scale is part of the zero, which takes nothing away, since Triton copies to shared memory, steps ahead, what
+    # products' operands are made of.
+    zero, bias = scale * 0.0 + (1 << (BITS - 1)), tl.zeros_like(scale)
+    if KIND == "zero":
+        zero = _half(word >> 16)
+    elif KIND == "bias":
+        bias = _half(word >> 16) + (1 << (BITS - 1)) * scale
+    return scale, zero, bias
+
+
+@triton.jit
+def _half(bits):
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -45,13 +46,17 @@ class SpanCodes:
     its lowest bits: the same bits of all words are 16 neighbouring columns, so codes are never moved between registers.
     A loop over K finds each of its steps in one piece of memory for any number of rows.
 
+    What a group's codes stand for lies in words of 32 bits, two float16 in each: the least that is copied to shared
+    memory while a loop computes. Loaded any other way, each step of a loop would wait for memory.
+
     Attributes:
         bits: of a code, 4 or 8.
         group: columns that share a scale, a power of two >= 16.
+        kind: "zero", a value is (q - zero) * scale; "bias", q * scale + bias; "pair", (q - 2^(bits - 1)) * scale.
         words: [spans, N, 16] int16; codes of columns that are only there to fill the last spans are zero.
-        scale: [groups, N], a float type. Values are (q - zero) * scale, q * scale + bias, (q - 2^(bits - 1)) * scale.
-        zero: [groups, N] float16, whole numbers, or None. As bytes they would make Triton load words as bytes.
-        bias: [groups, N] float16, or None.
+        steps: [groups, N] int32, a scale in the low half and a zero or bias in the high one; of "pair" [groups / 2, N],
+            the scales of an even group and of the one behind it.
+        unit: a power of two that scales and biases are to be multiplied with: without it float16 might not hold them.
         order: [K] int64, stored column j is input order[j]; None where they are in order.
         inputs: how inputs are rounded before the product, if they are.
         arrivals: int32 zeros, as they are between launches: parts of a sum over K count there who comes last. So one
@@ -61,10 +66,10 @@ class SpanCodes:
     shape: tuple[int, int]
     bits: int
     group: int
+    kind: str
     words: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    bias: Tensor | None
+    steps: Tensor
+    unit: float
     order: Tensor | None
     inputs: InputCodes | None
     arrivals: Tensor
@@ -77,7 +82,7 @@ class SpanCodes:
     @property
     def nbytes(self) -> int:
         """Bytes of it on the device."""
-        return _nbytes(self.words, self.scale, self.zero, self.bias, self.order, self.arrivals)
+        return _nbytes(self.words, self.steps, self.order, self.arrivals)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,15 +161,32 @@ def _span_codes(
     words = torch.empty(spans, shape[0], WORDS, dtype=torch.int16, device=planes["q"].device)
     for rows, part in _some_rows(planes["q"], spans * span * weight.bits // 8):
         words[:, rows] = _words(part, weight.bits, spans).transpose(0, 1)
-    per_group = {
-        name: _by_group(planes[name], weight, group) if name in planes else None for name in ("scale", "zero", "bias")
-    }
-    scale, zero, bias = per_group["scale"], per_group["zero"], per_group["bias"]
-    zero = None if zero is None else zero.half()
-    assert scale is not None
+    kind = "zero" if "zero" in planes else "bias" if "bias" in planes else "pair"
+    steps, unit = _steps(*(_by_group(planes[name], weight, group) for name in ("scale", kind) if name in planes))
     return SpanCodes(
-        shape, weight.bits, group, words, scale, zero, bias, order, inputs, _arrivals(words, shape[0])
+        shape, weight.bits, group, kind, words, steps, unit, order, inputs, _arrivals(words, shape[0])
     )  # fmt: skip
+
+
+def _steps(scale: Tensor, other: Tensor | None = None) -> tuple[Tensor, float]:
+    """Scales [groups, N] and zeros (bytes) or biases, or pairs of scales, in words [groups or half of them, N]."""
+    shared = [scale] if other is None or other.dtype == torch.uint8 else [scale, other]
+    unit = _unit(shared)
+    if other is None:
+        scale = torch.cat([scale, scale[len(scale) - len(scale) % 2 :]])  # the last again, where their number is odd
+        scale, other = scale[::2], scale[1::2].float() / unit
+    elif len(shared) > 1:
+        other = other.float() / unit
+    low, high = (x.half().view(torch.int16).int() for x in (scale.float() / unit, other))
+    return (low & 0xFFFF) | (high << 16), unit
+
+
+def _unit(values: list[Tensor]) -> float:
+    """1, if float16 has values of this size; else the power of two that makes the largest one about 4096."""
+    if all(x.dtype == torch.float16 for x in values):
+        return 1.0
+    largest = max(float(x.abs().amax()) for x in values)
+    return 2.0 ** (math.frexp(largest)[1] - 12) if 0 < largest < math.inf else 1.0
 
 
 def _some_rows(q: Tensor, row_bytes: int) -> Iterator[tuple[slice, Tensor]]:
