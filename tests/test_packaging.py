@@ -37,7 +37,7 @@ def build(target: Path, **environment: str) -> zipfile.ZipFile:
 def python_files() -> set[str]:
     """What a wheel holds wherever it is built."""
     source = ROOT / "src" / "kvant"
-    files = (path for path in source.rglob("*") if path.is_file() and path.suffix in (".py", ".typed", ".txt"))
+    files = (path for path in source.rglob("*") if path.is_file() and path.suffix in (".py", ".typed", ".txt", ".json"))
     return {f"kvant/{path.relative_to(source)}" for path in files}
 
 
