@@ -13,8 +13,20 @@ from tests.formats.stats import layer_plan_of
 from tests.kernels.scenes import scene
 from tests.kernels.triton.compile import Case
 
-HEADS = {"llama-2-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "phi": (32, 32, 80), "gemma": (8, 4, 256)}
-FEW = (("bf16", "llama-3-8b", 1), ("int4", "llama-2-7b", 1), ("int8", "llama-3-8b", 1), ("int8", "llama-3-8b", 200))
+HEADS = {
+    "llama-2-7b": (32, 32, 128),
+    "llama-3-8b": (32, 8, 128),
+    "phi": (32, 32, 80),
+    "gemma": (8, 4, 256),
+    "yi-6b": (32, 4, 128),
+}
+FEW = (
+    ("int4", "yi-6b", 1),
+    ("bf16", "llama-3-8b", 1),
+    ("int4", "llama-2-7b", 1),
+    ("int8", "llama-3-8b", 1),
+    ("int8", "llama-3-8b", 200),
+)
 
 
 def _case(name: str, model: str, tokens: int) -> Case:

@@ -113,8 +113,21 @@ def test_a_context_in_parts_and_tiles_of_any_size(name):
 
 
 @pytest.mark.parametrize(("name", "tile"), [("int8", 64), ("int4", 64), ("int8", 32)])
-@pytest.mark.parametrize("few", [0, 4], ids=["many at once", "one by one"])
+@pytest.mark.parametrize("few", [0, 64], ids=["many at once", "one by one"])
 def test_terms_of_the_centre_are_left_for_the_loop(name, tile, few, monkeypatch):
+    launched: list[dict] = []
+    launch = attention_decode.attend_tiles
+
+    class Noting:
+        def __getitem__(self, grid):
+            def run(**arguments):
+                arguments["terms"].fill_(float("nan"))
+                launched.append(arguments)
+                launch[grid](**arguments)
+
+            return run
+
+    monkeypatch.setattr(attention_decode, "attend_tiles", Noting())
     monkeypatch.setattr(attention_decode, "FEW_TILES", few)
     it, shape = made(name, lengths=[(250, 1), (63, 1), (1300, 1)]), AttentionShape(3, 1, 64, 0.15)
     q = torch.randn(it.tokens, 3, 64)
@@ -122,6 +135,12 @@ def test_terms_of_the_centre_are_left_for_the_loop(name, tile, few, monkeypatch)
         out = torch.full_like(q, float("nan"))
         decode(q, it.cache, it.batch, shape, out, Config({"TILE": tile, "SPLITS": splits}))
         check(out, q, it, shape)
+    assert [arguments["MANY_TERMS"] for arguments in launched] == [few == 0] * 2
+
+
+def test_too_many_terms_are_not_left_for_the_loop(monkeypatch):
+    monkeypatch.setattr(attention_decode, "MOST_TERMS", 100)
+    attended(made("int8", lengths=DECODES), torch.float16, AttentionShape(3, 1, 64, 0.15))
 
 
 def test_groups_that_words_do_not_fill():

@@ -161,14 +161,19 @@ def test_more_blocks_than_can_be_counted_are_an_error():
         linear_packed.linear_packed(random(1, 1025, 256), spans(packed(4, 16, 256, 64)), None, config(16, 16, 1, 2, 1))
 
 
-@pytest.mark.parametrize("size", [1e-8, 1e7])
-def test_scales_that_float16_does_not_hold(size):
-    weight = packed(4, 20, 128, 64, "zero", torch.float32)
+@pytest.mark.parametrize("kind", ["symmetric", "zero"])
+@pytest.mark.parametrize(
+    ("bits", "dtype", "size"),
+    [(4, torch.bfloat16, 1e-8), (4, torch.bfloat16, 1e7), (4, torch.float16, 1e-8), (8, torch.float16, 1e-8)],
+    ids=str,
+)
+def test_scales_that_float16_does_not_hold(bits, dtype, size, kind):
+    weight, x = packed(bits, 20, 128, 64, kind, torch.float32), random(1, 3, 128)
     weight.planes["scale"].data.mul_(size)
-    x = random(1, 3, 128, dtype=torch.bfloat16)
+    x = (x * 1e4).to(dtype) if size < 1 else x.to(dtype)  # what comes of it is a number of the usual size
     for fold in (0, 1):
         found = linear_packed.linear_packed(x, spans(weight), None, config(32, 16, 1, 1, fold))
-        assert error(found, x.double() @ weight.dequantize(torch.float64).T) < TOLERANCE[torch.bfloat16]
+        assert error(found, x.double() @ weight.dequantize(torch.float64).T) < 2 * TOLERANCE[dtype]
 
 
 def test_no_tokens():

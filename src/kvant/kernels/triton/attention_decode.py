@@ -27,6 +27,7 @@ MULTIPROCESSORS = 132  # of an H100; an A100 has 108
 MOST_SPLITS = 64
 MOST_REGISTERS = 255  # of a thread
 CENTRE_TERMS = 4  # of a query head and a tile of the keys' centre
+MOST_TERMS = 1 << 24  # 64 MiB, less than the largest step takes of other memory
 FEW_TILES = 4  # whose terms are computed one by one
 # What `merge` takes of a cache's sides.
 _MERGED = ("k_codes", "v_codes", "v_balance", "K_KIND", "V_KIND", "V_HADAMARD", "K_CODE_STRIDE", "V_CODE_STRIDE")
@@ -68,14 +69,13 @@ def attention_decode(
     members = min(triton.next_power_of_2(group), MOST_MEMBERS)
     grid = (sequences, shape.num_kv_heads * triton.cdiv(group, members), splits)
     tiles = _centre_tiles(cache, batch, shape, config)
-    terms = None
-    if keys.order and members > 1:
-        room = math.prod(grid) * tiles * members * CENTRE_TERMS
+    room, terms = math.prod(grid) * tiles * members * CENTRE_TERMS, None
+    if keys.order and members > 1 and room <= MOST_TERMS:
         terms = torch.empty(room, dtype=torch.float32, device=q.device)
     attend_tiles[grid](
         **launch, K_TYPE=k_type, V_TYPE=v_type, MEMBERS=members, ROWS=max(members, COLUMNS // 2), COLUMNS=COLUMNS,
         ASSEMBLY=q.dtype != torch.float32 and not interpreted(), terms=terms, term_tiles=tiles,
-        MANY_TERMS=tiles > FEW_TILES,
+        MANY_TERMS=terms is not None and tiles > FEW_TILES,
     )  # fmt: skip
     if splits > 1:
         merged = {name: sides[name] for name in _MERGED}
@@ -109,12 +109,15 @@ def key(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape)
 def default(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> Config:
     """A good guess for data-center GPUs of compute capability 8.0 and 9.0."""
     # Stages: what says where a tile lies comes two before the tile, and a tile two before its products. Codes have much
-    # to be done with each byte, and one warp waits for no other.
+    # to be done with each byte, and one warp waits for no other; but it has no registers for the sums of many heads.
+    group = shape.num_heads // shape.num_kv_heads
+    two = min(_most_warps(cache), 2)
     if "float" in (side_of(cache, "key").kind, side_of(cache, "value").kind):
-        return _config(cache, batch, shape, min(_most_warps(cache), 2), 8, 5, 168)
+        return _config(cache, batch, shape, two, 8, 5, 168)
+    if group > 4:
+        return _config(cache, batch, shape, two, 8, 5, MOST_REGISTERS)
     # Preparing heads that share keys takes long, and each part does it. Others may have small parts: they end together.
-    each = 8 if shape.num_heads > shape.num_kv_heads else 64
-    return _config(cache, batch, shape, 1, each, 5, MOST_REGISTERS)
+    return _config(cache, batch, shape, 1, 8 if group > 1 else 64, 5, MOST_REGISTERS)
 
 
 def candidates(q: Tensor, cache: KVLayer, batch: AttentionBatch, shape: AttentionShape) -> list[Config]:

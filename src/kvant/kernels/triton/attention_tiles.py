@@ -287,7 +287,7 @@ def attend_tiles(
         dots = _dots(keys, q0, q1, q2, q3, lack, K_KIND, K_TYPE, ASSEMBLY)
         scores = _scored(dots, k_step, k_shift, total_q, K_STEPS, K_PARTS)
         if ORDER > 0:
-            last = tl.maximum((start + TILE - 1 - LEAD) // CENTRE_TILE, first_tile)
+            last = (start + TILE - 1 - LEAD) // CENTRE_TILE
             if terms is None:
                 next_terms = tile_terms(with_cos, with_sin, with_none, speeds, last, CENTRE_TILE)
             else:

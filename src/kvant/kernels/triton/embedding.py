@@ -25,7 +25,7 @@ def embedding(ids: Tensor, weight: TritonWeight) -> Tensor:
 
 
 def expanded(weight: SpanCodes, dtype: torch.dtype) -> Tensor:
-    """The whole matrix [N, K], its columns as they are stored, computed in float32 and rounded to `dtype`."""
+    """The whole matrix [N, K], columns and scales as they are stored, computed in float32 and rounded to `dtype`."""
     return _launch(weight, torch.empty(weight.shape, dtype=dtype, device=weight.words.device), None, None)
 
 

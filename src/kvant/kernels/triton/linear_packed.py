@@ -117,7 +117,7 @@ def _launch(x: Tensor, weight: SpanCodes, bias: Tensor | None, config: Config) -
     return out
 
 
-@triton.jit(do_not_specialize=["m", "unit"])
+@triton.jit(do_not_specialize=["m"])
 def _linear(
     x, words, steps, unit, bias, out, parts, arrivals, m, n, k, x_stride, groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,

@@ -57,6 +57,7 @@ class SpanCodes:
         steps: [groups, N] int32, a scale in the low half and a zero or bias in the high one; of "pair" [groups / 2, N],
             the scales of an even group and of the one behind it.
         unit: a power of two that scales and biases are to be multiplied with: without it float16 might not hold them.
+            Those of float32 are rounded to it, by 2^-12 at most.
         order: [K] int64, stored column j is input order[j]; None where they are in order.
         inputs: how inputs are rounded before the product, if they are.
         arrivals: int32 zeros, as they are between launches: parts of a sum over K count there who comes last. So one
@@ -182,11 +183,11 @@ def _steps(scale: Tensor, other: Tensor | None = None) -> tuple[Tensor, float]:
 
 
 def _unit(values: list[Tensor]) -> float:
-    """1, if float16 has values of this size; else the power of two that makes the largest one about 4096."""
+    """1 for float16; else the power of two that makes the largest about 100: times a code, float16 holds that."""
     if all(x.dtype == torch.float16 for x in values):
         return 1.0
     largest = max(float(x.abs().amax()) for x in values)
-    return 2.0 ** (math.frexp(largest)[1] - 12) if 0 < largest < math.inf else 1.0
+    return 2.0 ** (math.frexp(largest)[1] - 7) if 0 < largest < math.inf else 1.0
 
 
 def _some_rows(q: Tensor, row_bytes: int) -> Iterator[tuple[slice, Tensor]]:
