@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvant.engine.sequence import Plan, Request
 from tests.engine.simulation import Limits, Simulation
 
@@ -46,6 +48,17 @@ def test_choices_wait_for_their_prompt_and_count_from_the_start():
     assert all(sequence.blocks == request.sequences[0].blocks for sequence in request.sequences)
     assert len(sim.step().copies) == 2, "the last to write into the shared block needs no copy"
     assert other.scheduled is None
+
+
+@pytest.mark.parametrize(("blocks", "running"), [(10, 8), (11, 9)])
+def test_who_is_admitted_leaves_room_to_grow_into(blocks, running):
+    """A quarter of a block for each of eight that run: with two free blocks the ninth waits, with three it comes."""
+    sim = simulation(num_blocks=blocks, max_model_len=40, max_num_seqs=16, caching=False)
+    for prompt in range(9):
+        sim.submit([prompt] * 4, max_tokens=20, stop_ids=ENDLESS)
+    sim.step()
+    assert sim.scheduler.num_running == running
+    sim.finish()
 
 
 def test_the_latest_arrival_makes_room_and_goes_on_later_with_the_output_it_had():

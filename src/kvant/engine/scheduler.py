@@ -16,6 +16,10 @@ from kvant.cache.prefix import PrefixTree
 from kvant.engine.outputs import FinishReason
 from kvant.engine.sequence import Draft, Plan, Request, Row, Sampled, Sequence, TokenEvent
 
+# Blocks that are left for each running sequence to grow into when another is admitted. Without, chats that fill a cache
+# make room for each other so often that a third of all tokens is computed again; with a whole one, a tenth fewer run.
+_SPARE = 0.25
+
 
 class Scheduler:
     """Running sequences in order of arrival, and a queue of those that wait for room.
@@ -193,7 +197,7 @@ class Scheduler:
         """
         if not sequence.swapped:
             self._reuse_prefix(sequence)
-        if not self._reserve(sequence, sequence.total, draft):
+        if not self._reserve(sequence, sequence.total, draft, spare=int(_SPARE * len(self._running))):
             self._release(sequence)
             return False
         draft.swaps_in += zip(sequence.swapped, sequence.blocks, strict=False)
@@ -217,14 +221,19 @@ class Scheduler:
         sequence.computed = match.length
         sequence.cached_blocks = self._paging.full_blocks(match.length)
 
-    def _reserve(self, sequence: Sequence, upto: int, draft: Draft) -> bool:
-        """Blocks for the tokens [computed, upto), all or none. A shared block is copied before it is written."""
+    def _reserve(self, sequence: Sequence, upto: int, draft: Draft, spare: int = 0) -> bool:
+        """Blocks for the tokens [computed, upto), all or none, while so many are spare.
+
+        A shared block is copied before it is written.
+        """
         partial = self._paging.block_of(sequence.computed)
         shared = partial < len(sequence.blocks) and self._pool.references(sequence.blocks[partial]) > 1
         needed = self._paging.blocks_for(upto) - len(sequence.blocks) + shared
-        taken = self._take(needed)
+        taken = self._take(needed + spare)
         if taken is None:
             return False
+        for _ in range(spare):
+            self._pool.release(taken.pop())
         if shared:
             source, target = sequence.blocks[partial], taken.pop()
             draft.copies.append((source, target))
