@@ -17,7 +17,7 @@ from kvant.kernels.reference import ReferenceOps
 
 # By what is rounded to fewest bits: the largest error of an element relative to the largest element, and the error's
 # norm relative to the result's. Each two to three times what is found.
-IN_AN_ELEMENT = MappingProxyType({24: 0.0, 15: 1.5e-3, 8: 0.12, 7: 0.2})
+IN_AN_ELEMENT = MappingProxyType({24: 0.0, 15: 1.5e-3, 8: 0.12, 7: 0.12})
 ON_THE_WHOLE = MappingProxyType({24: 1.2e-6, 15: 2e-4, 8: 1.5e-2, 7: 5e-2})
 
 

@@ -230,10 +230,14 @@ struct Mixed {
       for (int g = 0; g < Groups; ++g) {
         const float* x = scaled[h][g];
         int16_t* out = rounded[h][g];
-        if (narrow)
-          for (int t = 0; t < count; t += 8) store_narrow(out + t, load<F8>(x + t), inverse, slot + t);
-        else
+        if (narrow) {
+          F8 added = all(0.0f);
+          for (int t = 0; t < count; t += 8) added += store_narrow(out + t, load<F8>(x + t), inverse, slot + t);
+          // Codes lie about their middle: times that, what rounding adds would be in all dims alike.
+          shifts[h][g] += all(kMiddle4 * units[h]) * added;
+        } else {
           for (int t = 0; t < count; t += 8) store_words(out + t, to_int(load<F8>(x + t) * inverse));
+        }
       }
     }
   }

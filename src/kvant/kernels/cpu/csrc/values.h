@@ -8,6 +8,7 @@ namespace kvant::KVANT_ISA {
 constexpr int kColumns = 4;  // vectors of sums that stay in registers for each head
 constexpr int kMixHeads = 3;
 constexpr int kTopNarrow = 127, kTopWide = 32767;  // the largest weight
+constexpr float kMiddle4 = 7.5f;                   // of codes of 4 bits
 constexpr int kNarrowTokens = 32;  // whose codes times narrow weights fit 16 bits: 32 * 15 * 127
 
 inline bool value_is_integer(const Side& side, int dim) {
@@ -153,8 +154,8 @@ inline F8 dithered(F8 weights, F8 inverse, int slot) {
   return weights * inverse + load<F8>(kDither.of + slot % kTile);
 }
 
-// The same, rounded: two tokens' bytes, twice.
-inline void store_narrow(int16_t* p, F8 weights, F8 inverse, int slot) {
+// The same, rounded: two tokens' bytes, twice. Returns what rounding has added to the weights, in units.
+inline F8 store_narrow(int16_t* p, F8 weights, F8 inverse, int slot) {
   const F8 steps = dithered(weights, inverse, slot);
 #if defined(__AVX2__)
   const __m256i places = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 0, 4, 8, 12, 8, 12, 0, 4, 0, 4, 8, 12, 8, 12));
@@ -167,6 +168,7 @@ inline void store_narrow(int16_t* p, F8 weights, F8 inverse, int slot) {
   const uint64_t bytes = bytes_of(to_int(steps));
   for (int i = 0; i < 8; ++i) p[i] = static_cast<int16_t>(bytes >> (i / 2 * 16));
 #endif
+  return nearest(steps) - weights * inverse;
 }
 
 // sums + the products of unsigned and signed bytes in pairs, of the order of `pair_codes4`, which wrap around.
