@@ -42,14 +42,15 @@ def main() -> int:
     return subprocess.run(report, env=environment(), check=False).returncode
 
 
-def go_on(args: argparse.Namespace, run: str, deadline: float, part: str = "") -> bool:
+def go_on(args: argparse.Namespace, run: str, deadline: float, part: str = "0/1") -> bool:
     """One process after the other until all is measured; false where one does not even begin, and has said why.
 
     A part "2/8" is a share of the checks of correctness, for one of several that run side by side.
     """
-    current = args.out / f"current{part.replace('/', '-of-')}.json"
+    current = args.out / ("current.json" if part == "0/1" else f"current-{part.replace('/', '-of-')}.json")
     for _ in range(args.most_crashes):
-        if time.time() > deadline or watch(command(args, run, deadline, part), current, run, deadline, args.small):
+        arguments = command(args, run, deadline, part, current.name)
+        if time.time() > deadline or watch(arguments, current, run, deadline, args.small):
             return True
         if not current.is_file():
             return False
@@ -82,11 +83,12 @@ def parsed() -> argparse.Namespace:
     return args
 
 
-def command(args: argparse.Namespace, run: str, deadline: float, part: str) -> list[str]:
+def command(args: argparse.Namespace, run: str, deadline: float, part: str, current: str) -> list[str]:
     """The process that measures."""
     flags = [f"--{name}" for name in ("small", "changed") if getattr(args, name)]
-    only = "correctness" if part else args.only
-    options = ["--run", run, "--deadline", str(deadline), "--only", only, "--again", args.again, "--part", part]
+    only = args.only if part == "0/1" else "correctness"
+    options = ["--run", run, "--deadline", str(deadline), "--only", only, "--again", args.again]
+    options += ["--part", part, "--current", current]
     return [sys.executable, "-m", "gpu.session", str(args.out), *options, *flags]
 
 

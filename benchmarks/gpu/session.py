@@ -16,6 +16,8 @@ from gpu.case import STAGES, Case
 from gpu.machine import Machine
 from gpu.results import Results, code_digest
 
+_CURRENT = "current.json"
+
 
 def all_cases(small: bool) -> list[Case]:
     """In the order of their worth."""
@@ -46,11 +48,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="stages, with commas")
     parser.add_argument("--again", default="", help="stages that are measured again")
     parser.add_argument("--changed", action="store_true", help="figures of other code do not count")
-    parser.add_argument("--part", default="", help="i/n: this one of so many shares of the cases")
+    parser.add_argument("--part", default="0/1", help="i/n: this one of so many shares of the cases")
+    parser.add_argument("--current", default=_CURRENT, help="the file in the directory that says which case runs")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     results, machine = Results(args.directory), Machine.here(args.small)
-    share, shares = map(int, args.part.split("/")) if args.part else (0, 1)
+    share, shares = map(int, args.part.split("/"))
     torch.set_num_threads(max(1, torch.get_num_threads() // shares))
     if share == 0 and "environment" not in results.of_run(args.run):
         _append(results, machine, args.run, "environment", "environment", {}, {"figures": machine.describe()})
@@ -66,7 +69,7 @@ def main() -> None:
             machine, stage = Machine.here(args.small), case.stage  # its ops know what was tuned
             machine.tidy()
             machine.tuned = _tuned(results, machine, args)
-        _measure(case, machine, results, args.run, args.part)
+        _measure(case, machine, results, args.run, args.current)
 
 
 def _tuned(results: Results, machine: Machine, args: argparse.Namespace) -> set[tuple[str, str]]:
@@ -79,13 +82,12 @@ def _tuned(results: Results, machine: Machine, args: argparse.Namespace) -> set[
     return tune.keys_of(records, machine.card)
 
 
-def _measure(case: Case, machine: Machine, results: Results, run: str, part: str = "") -> None:
+def _measure(case: Case, machine: Machine, results: Results, run: str, current_name: str = _CURRENT) -> None:
     """One case, and its line. An error is a result, unless the card cannot go on after it."""
     start = time.time()
     current = {"name": case.name, "stage": case.stage, "tags": dict(case.tags), "card": machine.card}
     limit = start + max(60.0, 5 * case.seconds)
-    place = results.directory / f"current{part.replace('/', '-of-')}.json"
-    place.write_text(json.dumps({**current, "start": start, "limit": limit}))
+    (results.directory / current_name).write_text(json.dumps({**current, "start": start, "limit": limit}))
     try:
         outcome = {"figures": dict(case.run(machine))}
         machine.wait()

@@ -69,9 +69,7 @@ def attention_decode(
     members = min(triton.next_power_of_2(group), MOST_MEMBERS)
     grid = (sequences, shape.num_kv_heads * triton.cdiv(group, members), splits)
     tiles = _centre_tiles(cache, batch, shape, config)
-    room, terms = math.prod(grid) * tiles * members * CENTRE_TERMS, None
-    if keys.order and members > 1 and room <= MOST_TERMS:
-        terms = torch.empty(room, dtype=torch.float32, device=q.device)
+    terms = _room_for_terms(keys, math.prod(grid) * tiles, members)
     attend_tiles[grid](
         **launch, K_TYPE=k_type, V_TYPE=v_type, MEMBERS=members, ROWS=max(members, COLUMNS // 2), COLUMNS=COLUMNS,
         ASSEMBLY=q.dtype != torch.float32 and not interpreted(), terms=terms, term_tiles=tiles,
@@ -86,6 +84,14 @@ def _centre_tiles(cache: KVLayer, batch: AttentionBatch, shape: AttentionShape, 
     """How many tiles of the keys' centre a part of a context reaches into, at most."""
     slots = triton.cdiv(_context(batch, shape) + cache.lead, config.blocks["TILE"]) + 1
     return int(triton.cdiv(slots, config.blocks["SPLITS"]) * config.blocks["TILE"] // CENTRE_TILE + 2)
+
+
+def _room_for_terms(keys: Side, tiles: int, members: int) -> Tensor | None:
+    """Where all programs leave the terms of so many tiles of the centre, before their loops; None if not before."""
+    room = tiles * members * CENTRE_TERMS
+    if not keys.order or members == 1 or room > MOST_TERMS:
+        return None
+    return torch.empty(room, dtype=torch.float32, device=keys.codes.device)
 
 
 def _check_groups(head_dim: int, *sides: Side) -> None:
