@@ -21,7 +21,10 @@ Cells = list[Fingerprint | None]  # a block's, by offset
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine would be configured with; its first `sinks` tokens are kept in 16 bit."""
+    """What an engine would be configured with; its first `sinks` tokens are kept in 16 bit.
+
+    Up to `max_steps` decode steps follow each other.
+    """
 
     block_size: int
     num_blocks: int
@@ -31,6 +34,7 @@ class Limits:
     caching: bool
     sinks: int = 0
     swap_blocks: int = 0
+    max_steps: int = 1
 
     @property
     def paging(self) -> Paging:
@@ -64,6 +68,7 @@ class Simulation:
 
     Attributes:
         aborted: choices that were.
+        interrupts: the share of a burst's steps after which it is ended from outside.
         recomputed: tokens that a sequence had to compute again.
     """
 
@@ -80,7 +85,10 @@ class Simulation:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.budget,
             max_model_len=limits.max_model_len,
+            max_steps=limits.max_steps,
         )
+        self.interrupts = 0.1
+        self._moods = random.Random(0)
         self.memory: dict[int, Cells] = {}
         self.swap_memory: dict[int, Cells] = {}
         self.requests: list[Request] = []
@@ -119,11 +127,15 @@ class Simulation:
         self._forget_what_is_free()
 
     def step(self) -> Plan:
-        """One step, every promise of the plan checked."""
+        """One step, or a burst that ends early now and then, every promise of the plan checked."""
         plan = self.scheduler.plan()
         self._check_plan(plan)
-        self._launch(plan)
-        self._commit(plan)
+        for step in range(plan.steps):
+            part = plan.after(step)
+            self._launch(part)
+            self._commit(part)
+            if any(row.sequence.finish_reason for row in part.rows) or self._moods.random() < self.interrupts:
+                break
         return plan
 
     def _launch(self, plan: Plan) -> None:
@@ -181,7 +193,8 @@ class Simulation:
         for sequence in self.sequences:
             if sequence.swapped:
                 continue
-            needed, most = self.limits.blocks(sequence.computed), self.limits.blocks(sequence.total)
+            needed = self.limits.blocks(sequence.computed)
+            most = self.limits.blocks(sequence.total + self.limits.max_steps - 1)  # where a burst has ended early
             assert needed <= len(sequence.blocks) <= most
             assert sequence.finish_reason is None or not sequence.blocks
 
@@ -221,6 +234,9 @@ class Simulation:
             assert sequence.computed == row.start < row.stop <= sequence.total
             waiting = sequence.forks if row.stop == sequence.total else ()
             assert row.samplers == ((sequence, *waiting) if row.stop == sequence.total else ())
+            if plan.steps > 1:
+                assert row.samplers == (sequence,)
+                assert 0 < len(sequence.output) <= sequence.request.limit - plan.steps
 
     def _copy_blocks(self, plan: Plan) -> None:
         for source, target in plan.swaps_out:

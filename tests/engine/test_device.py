@@ -42,7 +42,7 @@ def test_a_step_is_computed_where_the_ops_are(tmp_path, plan, rope):
                 _reshape(logits[row], sequence)
             tokens = model.decoder.ops.sample(logits, wishes_of_all)
         written = core.store.blocks.clone()
-        sampled = core._runner.run(step)
+        [sampled] = core._runner.run(step)
         assert torch.equal(core.store.blocks, written)
         assert [item.token_id for item in sampled] == tokens.tolist()
         core._scheduler.commit(step, sampled)

@@ -34,6 +34,7 @@ def limits(draw: st.DrawFn) -> Limits:
         max_num_seqs=draw(st.sampled_from((1, 2, 3, 5, 8))),
         budget=draw(st.sampled_from((1, 3, 8, 16, 33, 64, 100))),
         caching=draw(st.sampled_from((True, True, True, False))),
+        max_steps=draw(st.sampled_from((1, 1, 2, 5, 20))),
     )
 
 
@@ -51,6 +52,7 @@ def narrow(draw: st.DrawFn) -> Limits:
         max_num_seqs=draw(st.sampled_from((4, 8))),
         budget=draw(st.sampled_from((8, 16, 100))),
         caching=draw(st.sampled_from((True, True, True, False))),
+        max_steps=draw(st.sampled_from((1, 1, 2, 5, 20))),
     )
 
 

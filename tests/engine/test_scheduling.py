@@ -298,3 +298,39 @@ def test_choices_of_a_prompt_shorter_than_the_sinks_write_theirs_apart():
     assert len(sim.step().copies) == 2
     assert len({sequence.blocks[0] for sequence in request.sequences}) == 3
     sim.finish()
+
+
+def burst(sim: Simulation) -> int:
+    """The next plan's steps, all of which are done."""
+    sim.interrupts = 0
+    return sim.step().steps
+
+
+def test_a_burst_ends_with_the_first_answer_that_is_at_its_limit():
+    sim = simulation(max_steps=8)
+    sim.submit([0] * 6, max_tokens=30, stop_ids=ENDLESS)
+    sim.submit([0] * 9, max_tokens=13, stop_ids=ENDLESS)
+    assert [burst(sim) for _ in range(6)] == [1, 8, 4, 8, 8, 1]
+    assert not sim.scheduler.has_work()
+
+
+def test_a_burst_is_as_long_as_the_blocks_last():
+    """Nobody is preempted for its later steps, only for the one that has to be."""
+    sim = simulation(num_blocks=5, max_model_len=40, max_steps=8, caching=False)
+    for _ in range(2):
+        sim.submit([0] * 6, max_tokens=20, stop_ids=ENDLESS)
+    assert [burst(sim) for _ in range(3)] == [1, 8, 2]
+    assert sim.scheduler.preemptions == 0
+    assert burst(sim) == 1
+    assert sim.scheduler.preemptions == 1
+
+
+def test_who_may_be_admitted_is_not_kept_waiting_by_a_burst():
+    sim = simulation(max_steps=8, max_num_seqs=2, budget=8, caching=False)
+    sim.submit([0] * 6, stop_ids=ENDLESS)
+    assert [burst(sim) for _ in range(2)] == [1, 8]
+    sim.submit([0] * 20, max_tokens=4, stop_ids=ENDLESS)
+    assert [burst(sim) for _ in range(3)] == [1, 1, 1], "its prompt takes three steps"
+    sim.submit([0] * 6, stop_ids=ENDLESS)
+    assert burst(sim) == 3, "no place is left for a third"
+    assert burst(sim) == 1

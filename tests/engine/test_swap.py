@@ -123,7 +123,7 @@ def test_blocks_are_given_away_only_after_they_were_read(tiny_model):
     [sequence] = request.sequences
     sequence.blocks = array("q", [3])
     rows = (Row(sequence, 0, 1, (sequence,)),)
-    sampled = Runner(decoder, store, swap).run(Plan(rows, ((2, 1),), swaps_out=((1, 0),), swaps_in=((1, 2),)))
+    [sampled] = Runner(decoder, store, swap).run(Plan(rows, ((2, 1),), swaps_out=((1, 0),), swaps_in=((1, 2),)))
     assert [item.sequence for item in sampled] == [sequence]
     assert all(plane[:3].flatten(1).unique(dim=1).flatten().tolist() == [0, 2, 0] for plane in planes)
     swap.swap_in([(0, 0)])

@@ -22,6 +22,8 @@ from kvant.errors import ConfigError, MemoryFitError, NotFiniteError, RequestErr
 from kvant.formats.kv import KVPlan, resolve_kv_format
 from kvant.weights.load import LoadedModel
 
+_BURST_STEPS = 8  # what the host does between two steps is then little beside them, however small the model
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -44,6 +46,8 @@ class EngineStats:
 
 class Core:
     """One model, its KV store and its scheduler. Not thread-safe: `Engine` owns the thread that calls it.
+
+    `interrupt` may be set from anywhere: a burst of steps then ends at once.
 
     Args:
         model: ready to run.
@@ -82,6 +86,7 @@ class Core:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            max_steps=1 if limits.overlapping or not model.decoder.bursts else _BURST_STEPS,
         )
         recorded = _records(model, config)
         # One block is nobody's: recorded steps write there what is beyond the batch.
@@ -89,6 +94,7 @@ class Core:
         graphs = self._record() if recorded else None
         self._runner = Runner(model.decoder, self.store, SwapSpace(self.store, self.memory.swap_blocks), graphs)
         self._flight: Flight | None = None
+        self.interrupt = self._runner.interrupt
 
     @property
     def device(self) -> torch.device:
@@ -162,8 +168,9 @@ class Core:
         return self._flight is not None or self._scheduler.has_work()
 
     def step(self) -> List[tuple[Request, TokenEvent | Failure]]:
-        """One step: plan, run, commit. Requests whose numbers are not finite fail; the others lose nothing by it.
+        """One step, or a burst of them: plan, run, commit.
 
+        Requests whose numbers are not finite fail; the others lose nothing by it.
         Where steps overlap, the next one is launched before the host waits for this one's tokens.
         """
         flight, self._flight = self._flight, None
@@ -175,7 +182,9 @@ class Core:
         except NotFiniteError as error:
             return self._drop(plan, error)  # with what was launched after it
         self._flight = launched
-        return self._scheduler.commit(plan, sampled)
+        return [
+            event for step, tokens in enumerate(sampled) for event in self._scheduler.commit(plan.after(step), tokens)
+        ]
 
     def _launch_after(self, flight: Flight) -> Flight | None:
         """The step after one whose tokens are not known, where it can be planned."""

@@ -52,12 +52,12 @@ class Engine:
             if self._death is not None:
                 raise EngineDeadError(f"{self._death}; create a new one")
             self._live.add(request)
-            self._commands.put(lambda: self._core.add(request))
+            self._command(lambda: self._core.add(request))
         return request
 
     def abort(self, request: Request, index: int | None = None) -> None:
         """End a request, or one choice of it, soon; its sink still receives the "abort" events."""
-        self._commands.put(lambda: self._deliver([(request, event) for event in self._core.abort(request, index)]))
+        self._command(lambda: self._deliver([(request, event) for event in self._core.abort(request, index)]))
 
     def stats(self) -> EngineStats:
         """The engine as it was after its last step."""
@@ -65,9 +65,13 @@ class Engine:
 
     def close(self) -> None:
         """Stop the thread; unfinished requests receive a `Failure`."""
-        self._commands.put(self._close)
+        self._command(self._close)
         if threading.current_thread() is not self._thread:  # as it may be when garbage is collected there
             self._thread.join()
+
+    def _command(self, command: Command) -> None:
+        self._commands.put(command)
+        self._core.interrupt.set()  # after it, so that who sees it finds the command
 
     def _close(self) -> None:
         self._death = self._death or "the engine is closed"
@@ -88,14 +92,19 @@ class Engine:
 
     def _obey(self) -> None:
         """Carry out commands; with nothing else to do, wait for one."""
+        self._core.interrupt.clear()
         idle = not self._core.has_work()
         while idle or not self._commands.empty():
             self._commands.get()()
             idle = False
 
     def _deliver(self, events: List[tuple[Request, TokenEvent | Failure]]) -> None:
+        failed: set[Request] = set()  # whose sinks did, at an earlier token of the same burst
         for request, event in events:
+            if request in failed:
+                continue
             if not _tell(request, event):
+                failed.add(request)
                 self._core.abort(request)
             elif isinstance(event, TokenEvent) and event.finish_reason is None:
                 continue

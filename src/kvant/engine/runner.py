@@ -13,12 +13,14 @@ from kvant.cache.store import KVStore, SwapSpace
 from kvant.engine.batch import Batch, build_batch
 from kvant.engine.graphs import DecodeGraphs
 from kvant.engine.logprobs import logprob_rows, told
-from kvant.engine.sampler import Sampler, sampling_batch, wants_a_token_alone
+from kvant.engine.sampler import Sampler, sampling_batch
 from kvant.engine.sequence import Plan, Row, Sampled, Sequence
 from kvant.formats.kv import check_finite
+from kvant.kernels.burst import Burst, Interrupt
 from kvant.kernels.transfer import fetched, sent
 from kvant.models.decoder import Decoder
 
+_BURST_SECONDS = 0.05  # twenty times a second, text looks as if it came without a pause
 _LOGIT_ROWS_AT_ONCE = 64  # bounds the logits of prompt_logprobs
 
 
@@ -29,7 +31,7 @@ class Flight:
     Attributes:
         plan: what is computed.
         samplers: whom it draws tokens for.
-        tokens: [R] int64 on the device, theirs in order.
+        tokens: [R] int64 on the device, theirs in order; of a burst, [steps, R].
     """
 
     plan: Plan
@@ -38,8 +40,8 @@ class Flight:
     _arriving: _Arriving
     _arrived: torch.cuda.Event | None
 
-    def sampled(self) -> list[Sampled]:
-        """The tokens, as soon as they are known.
+    def sampled(self) -> list[list[Sampled]]:
+        """The tokens of each step, as soon as they are known.
 
         Raises:
             NotFiniteError: a key or a value of the step is not finite; it names the tokens.
@@ -49,17 +51,19 @@ class Flight:
         arrived = self._arriving
         if arrived.not_finite is not None:
             check_finite(arrived.not_finite == 0)
-        sampled = list(map(Sampled, self.samplers, arrived.tokens.tolist()))
+        steps = arrived.tokens.view(-1, len(self.samplers)).tolist() if self.samplers else [[]]
+        sampled = [list(map(Sampled, self.samplers, tokens)) for tokens in steps]
         if arrived.logprobs is not None:
             for row, numbers in zip(_reporting(self.samplers), arrived.logprobs.tolist(), strict=True):
-                sequence, token, _ = sampled[row]
-                sampled[row] = Sampled(sequence, token, told(numbers, token, sequence.request.sampling.logprobs or 0))
+                sequence, token, _ = sampled[0][row]
+                top = sequence.request.sampling.logprobs or 0
+                sampled[0][row] = Sampled(sequence, token, told(numbers, token, top))
         return sampled
 
 
 @dataclass(frozen=True)
 class _Arriving:
-    """What the host waits for: tokens [R], `logprob_rows` of those who ask for them, marks beside the plan's tokens."""
+    """What the host waits for: the tokens, `logprob_rows` of those who ask for them, marks beside the plan's tokens."""
 
     tokens: Tensor
     logprobs: Tensor | None
@@ -70,14 +74,15 @@ class Runner:
     """A decoder with its KV store and swap space; `graphs` has its decode steps recorded, where a device has such."""
 
     def __init__(self, decoder: Decoder, store: KVStore, swap: SwapSpace, graphs: DecodeGraphs | None = None) -> None:
+        self.interrupt = Interrupt()  # of bursts
         self._decoder = decoder
         self._store = store
         self._swap = swap
         self._graphs = graphs
         self._sampler = Sampler(decoder.ops)
 
-    def run(self, plan: Plan) -> list[Sampled]:
-        """Copy the plan's blocks, compute its tokens, write their KV, and draw the tokens it asks for."""
+    def run(self, plan: Plan) -> list[list[Sampled]]:
+        """Copy the plan's blocks, compute its tokens, write their KV, and draw the tokens it asks for, step by step."""
         return self.launch(plan).sampled()
 
     def launch(self, plan: Plan, after: Flight | None = None) -> Flight:
@@ -103,13 +108,15 @@ class Runner:
         return self._flight(plan, samplers, _Arriving(tokens, self._logprobs(logits, tokens, samplers), not_finite))
 
     def _draw(self, plan: Plan, batch: Batch, samplers: List[Sequence]) -> Tensor | None:
-        """The tokens of a step that decodes, where the backend does all of it at once and nobody wants more."""
+        """The tokens of steps that decode, where the backend does all of it at once and nobody wants more."""
         if not self._decoder.draws or plan.num_tokens != len(plan.rows):
             return None
-        if samplers != [row.sequence for row in plan.rows] or not all(map(wants_a_token_alone, samplers)):
+        if samplers != [row.sequence for row in plan.rows] or not all(s.wants_a_token_alone for s in samplers):
             return None
-        wishes = sampling_batch(samplers, ahead=0)
-        return self._decoder.draw(batch.ids, batch.attention, batch.rope_lengths, self._store.layers, wishes)
+        wishes = sampling_batch(samplers, steps=plan.steps)
+        stops = [sequence.request.stop_ids for sequence in samplers]
+        burst = Burst(plan.steps, stops, _BURST_SECONDS, self.interrupt)
+        return self._decoder.draw(batch.ids, batch.attention, batch.rope_lengths, self._store.layers, wishes, burst)
 
     def _compute(
         self, plan: Plan, batch: Batch, ids: Tensor | None, samplers: List[Sequence]

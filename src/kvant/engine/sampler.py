@@ -27,23 +27,12 @@ class Sampler:
             sequences: whose they are.
             ahead: tokens of each that are drawn already, but not known yet.
         """
-        reshaped = [row for row, sequence in enumerate(sequences) if _reshapes(sequence)]
+        reshaped = [row for row, sequence in enumerate(sequences) if sequence.reshapes]
         if reshaped:
             logits = logits.clone()
         for row in reshaped:
             _reshape(logits[row], sequences[row])
         return self._ops.sample(logits, sampling_batch(sequences, ahead))
-
-
-def wants_a_token_alone(sequence: Sequence) -> bool:
-    """Whether a sequence takes the model's distribution as it is, and wants to know no more of it than a token."""
-    sampling = sequence.request.sampling
-    return sampling.logprobs is None and sampling.prompt_logprobs is None and not _reshapes(sequence)
-
-
-def _reshapes(sequence: Sequence) -> bool:
-    sampling = sequence.request.sampling
-    return sampling.penalizes or bool(sampling.logit_bias) or len(sequence.output) < sampling.min_tokens
 
 
 def _reshape(logits: Tensor, sequence: Sequence) -> None:
@@ -64,11 +53,18 @@ def _reshape(logits: Tensor, sequence: Sequence) -> None:
         logits[sorted(sequence.request.stop_ids)] = float("-inf")
 
 
-def sampling_batch(sequences: List[Sequence], ahead: int) -> SamplingBatch:
-    """What the sequences ask of their next token's distribution once it is reshaped; `ahead` as in `Sampler.draw`."""
+def sampling_batch(sequences: List[Sequence], ahead: int = 0, steps: int = 1) -> SamplingBatch:
+    """What the sequences ask of their next token's distribution once it is reshaped.
+
+    Args:
+        sequences: one a row.
+        ahead: as in `Sampler.draw`.
+        steps: of a burst.
+    """
     temperature, top_k, top_p, min_p = zip(*[sequence.request.sampling.filters for sequence in sequences], strict=True)
     uniform = [
-        0.0 if sequence.request.sampling.temperature == 0 else sequence.randomness.at(len(sequence.output) + ahead)
+        0.0 if sequence.request.sampling.temperature == 0 else sequence.randomness.at(len(sequence.output) + step)
+        for step in range(ahead, ahead + steps)
         for sequence in sequences
     ]
     return SamplingBatch(

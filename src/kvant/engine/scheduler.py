@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from kvant.cache.blocks import BlockPool, Paging
 from kvant.cache.prefix import PrefixTree
@@ -32,6 +32,7 @@ class Scheduler:
         max_num_seqs: sequences that may run at once.
         max_num_batched_tokens: budget of a step.
         max_model_len: longest sequence.
+        max_steps: decode steps of a plan.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        max_steps: int = 1,
     ) -> None:
         self._pool = pool
         self._tree = tree
@@ -52,6 +54,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
         self._max_model_len = max_model_len
+        self._max_steps = max_steps
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._stalled = False  # who waits was refused, and nothing has changed since
@@ -98,7 +101,7 @@ class Scheduler:
                 self._continue(sequence, draft)
         if preempted == self.preemptions or not draft.rows:
             self._admit(draft)
-        return draft.plan()
+        return draft.plan(self._steps(draft.rows.values()))
 
     def ahead(self, plan: Plan) -> Plan | None:
         """The step after `plan`, whose tokens are not known yet: one more token for each of its sequences that goes on.
@@ -115,9 +118,9 @@ class Scheduler:
         if not all(len(row.samplers) == 1 and row.sequence.foreseeable for row in alive):
             return None
         going_on = [row for row in alive if not self._ends_with_next(row.sequence)]
-        if not going_on or not all(map(self._reserve_next, going_on)):
+        if not going_on or not all(self._reserve_place(row.sequence, row.stop) for row in going_on):
             return None
-        return Plan(tuple(Row(row.sequence, row.stop, row.stop + 1, row.samplers) for row in going_on), ())
+        return Plan(tuple(Row(row.sequence, row.stop, row.stop + 1, row.samplers) for row in going_on))
 
     def commit(self, plan: Plan, sampled: Iterable[Sampled]) -> list[tuple[Request, TokenEvent]]:
         """Take a step's results: advance, remember full blocks, share prompts with forks, append tokens, finish.
@@ -140,11 +143,29 @@ class Scheduler:
         """Whether a sequence's next token is its last one, whichever it is."""
         return len(sequence.output) + 1 >= sequence.request.limit
 
-    def _reserve_next(self, row: Row) -> bool:
-        """A place for the token after a row's last one, if there is one without taking from others or copying."""
-        sequence = row.sequence
-        if self._paging.block_of(row.stop) < len(sequence.blocks):
-            return self._has_place(sequence, row.stop)
+    def _steps(self, rows: Collection[Row]) -> int:
+        """How many decode steps may follow each other, unless somebody stops or arrives: 1 where not all rows decode.
+
+        A first token does not wait for those after it.
+        """
+        if self._max_steps == 1 or (self._waiting and not self._stalled):
+            return 1
+        for sequence, start, stop, samplers in rows:
+            alone = stop - start == 1 and samplers == (sequence,) and sequence.output
+            if not alone or not sequence.wants_a_token_alone:
+                return 1
+        most = min((row.sequence.request.limit - len(row.sequence.output) for row in rows), default=1)
+        steps = 1
+        while steps < min(most, self._max_steps) and all(
+            self._reserve_place(row.sequence, row.start + steps) for row in rows
+        ):
+            steps += 1
+        return steps
+
+    def _reserve_place(self, sequence: Sequence, position: int) -> bool:
+        """A place for a token that follows those with one, if there is one without taking from others or copying."""
+        if self._paging.block_of(position) < len(sequence.blocks):
+            return self._has_place(sequence, position)
         taken = self._take(1)
         sequence.blocks.extend(taken or ())
         return taken is not None

@@ -120,6 +120,18 @@ class Sequence:
         sampling = self.request.sampling
         return not sampling.penalizes and len(self.output) >= sampling.min_tokens
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether it asks for another distribution of its next token than the model's."""
+        sampling = self.request.sampling
+        return sampling.penalizes or bool(sampling.logit_bias) or len(self.output) < sampling.min_tokens
+
+    @property
+    def wants_a_token_alone(self) -> bool:
+        """Whether it takes the model's distribution as it is, and wants to know no more of it than a token."""
+        sampling = self.request.sampling
+        return sampling.logprobs is None and sampling.prompt_logprobs is None and not self.reshapes
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids of positions [start, stop)."""
         prompt = self.request.prompt
@@ -143,6 +155,10 @@ class Row(NamedTuple):
     stop: int
     samplers: tuple[Sequence, ...]
 
+    def moved(self, steps: int) -> Row:
+        """As much, so many tokens further on."""
+        return Row(self.sequence, self.start + steps, self.stop + steps, self.samplers)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -151,12 +167,19 @@ class Plan:
     Blocks are copied, (source, target), before anything is computed: first `swaps_out` from the pool to the swap space,
     then `copies` within the pool, one after the other, last `swaps_in`. The order matters: the source of one may be
     given away in the same plan, and be the target of a later one.
+
+    More than one of `steps` is a burst: each row has one token, and goes on with what it draws, at most so often.
     """
 
     rows: tuple[Row, ...]
-    copies: tuple[tuple[int, int], ...]
+    copies: tuple[tuple[int, int], ...] = ()
     swaps_out: tuple[tuple[int, int], ...] = ()
     swaps_in: tuple[tuple[int, int], ...] = ()
+    steps: int = 1
+
+    def after(self, steps: int) -> Plan:
+        """What its rows compute in a burst's step that so many go before."""
+        return Plan(tuple([row.moved(steps) for row in self.rows])) if steps else self
 
     @property
     def num_tokens(self) -> int:
@@ -181,9 +204,9 @@ class Draft:
         self.rows[sequence] = Row(sequence, sequence.computed, stop, samplers)
         self.num_tokens += count
 
-    def plan(self) -> Plan:
-        """The plan as it stands."""
-        return Plan(tuple(self.rows.values()), tuple(self.copies), tuple(self.swaps_out), tuple(self.swaps_in))
+    def plan(self, steps: int) -> Plan:
+        """The plan as it stands, of so many steps at most."""
+        return Plan(tuple(self.rows.values()), tuple(self.copies), tuple(self.swaps_out), tuple(self.swaps_in), steps)
 
 
 class Sampled(NamedTuple):

@@ -94,7 +94,7 @@ class SamplingBatch:
         temperature: float32; 0 takes the likeliest token.
         top_k: int64; 0 keeps all.
         top_p, min_p: float32; 1 and 0 keep all.
-        uniform: float64 in [0, 1), the randomness of each row, drawn by the caller.
+        uniform: float64 in [0, 1), the randomness of each row, drawn by the caller; of a burst, of step after step.
     """
 
     temperature: Tensor

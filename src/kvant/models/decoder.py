@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer
+from kvant.kernels.burst import Burst
 from kvant.kernels.ops import AttentionBatch, Ops, SamplingBatch
 from kvant.models.fused import fuse
 from kvant.models.layers import DecoderWeights, TokenContext, attention_shape, computed, decoder_layer, log_n_scale
@@ -80,6 +81,11 @@ class Decoder:
         """Whether the backend has `draw`."""
         return self._fused is not None
 
+    @property
+    def bursts(self) -> bool:
+        """Whether `draw` makes more than one step."""
+        return self._fused is not None and self._fused.bursts and self.spec.log_n_length is None
+
     def draw(
         self,
         ids: Tensor,
@@ -87,21 +93,25 @@ class Decoder:
         rope_lengths: Tensor,
         cache: Sequence[KVLayer],
         wishes: SamplingBatch,
+        burst: Burst,
     ) -> Tensor | None:
-        """The token after each of a step's tokens, [T] int64: `forward`, `logits` and `Ops.sample` at once.
+        """The token after each of a step's tokens: `forward`, `logits` and `Ops.sample` at once. [steps, T] int64.
 
-        None where the backend does not do that with this cache; then nothing has been done.
+        In a burst of more than one step, every token is its sequence's newest, and goes on from what it has drawn: the
+        batch's block tables have room for that. None where the backend does not do that with this cache; then nothing
+        has been done.
 
         Args:
             ids: as `forward` takes them, and so are batch, rope_lengths and cache.
             batch: see there.
             rope_lengths: see there.
             cache: see there.
-            wishes: a row a token.
+            wishes: a row a token; `uniform` has one number for each of them in each of the burst's steps.
+            burst: of one step at most where `bursts` is false.
         """
         if self._fused is None:
             return None
-        return self._fused.draw(ids, batch, rope_lengths, self._query_scale(batch), cache, wishes)
+        return self._fused.draw(ids, batch, rope_lengths, self._query_scale(batch), cache, wishes, burst)
 
     def _query_scale(self, batch: AttentionBatch) -> Tensor | None:
         length = self.spec.log_n_length

@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from kvant.formats.kv import KVLayer, check_finite
+from kvant.kernels.burst import Burst
 from kvant.kernels.cpu import structs
-from kvant.kernels.cpu.cache import NativeCache, bind_batch, bind_cache, bind_sampling, bind_shape, is_native
+from kvant.kernels.cpu.cache import (
+    NativeCache,
+    bind_batch,
+    bind_burst,
+    bind_cache,
+    bind_sampling,
+    bind_shape,
+    is_native,
+)
 from kvant.kernels.cpu.native import Native, floats, pointer
 from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.ops import AttentionBatch, AttentionShape, Ops, SamplingBatch
@@ -59,6 +68,11 @@ class FusedDecoder:
         self._model = self._bind_model(shapes, tuple(ropes))
         self._bound: tuple[Sequence[KVLayer], NativeCache | None] = ((), None)
 
+    @property
+    def bursts(self) -> bool:
+        """Whether rotations leave it to positions alone how steps differ, so that one may follow another unseen."""
+        return self._fixed_ropes is not None
+
     def forward(
         self,
         ids: Tensor,
@@ -91,15 +105,17 @@ class FusedDecoder:
         query_scale: Tensor | None,
         cache: Sequence[KVLayer],
         wishes: SamplingBatch,
+        burst: Burst,
     ) -> Tensor | None:
         """As `Decoder.draw`; see `forward`."""
         native_cache = self._cache(cache)
         if native_cache is None:
             return None
-        how = bind_sampling(wishes)
-        tokens = torch.from_numpy(np.empty(batch.query_starts[-1], dtype=np.int64))
-        self._run("draw", ids, batch, rope_lengths, query_scale, native_cache, byref(how.struct), pointer(tokens))
-        return tokens
+        how, end = bind_sampling(wishes), bind_burst(burst)
+        tokens = torch.from_numpy(np.empty((burst.steps, batch.query_starts[-1]), dtype=np.int64))
+        results = byref(how.struct), byref(end.struct), pointer(tokens)
+        self._run("draw", ids, batch, rope_lengths, query_scale, native_cache, *results)
+        return tokens[: end.struct.done]
 
     def _run(
         self,

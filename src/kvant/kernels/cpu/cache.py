@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from kvant.formats.kv_codecs import (
     VectorCodec,
 )
 from kvant.formats.kv_stats import CENTRE_TILE, LayerStats, polynomials
+from kvant.kernels.burst import Burst, Interrupt
 from kvant.kernels.cpu import structs
 from kvant.kernels.cpu.native import floats, pointer
 from kvant.kernels.ops import AttentionBatch, AttentionShape, SamplingBatch
@@ -189,3 +191,25 @@ def bind_sampling(params: SamplingBatch) -> NativeSampling:
     numbers = (params.temperature, params.top_k, params.top_p, params.min_p, params.uniform)
     memory = tuple([x.contiguous() for x in numbers])
     return NativeSampling(structs.Sampling(*map(pointer, memory)), memory)
+
+
+@dataclass(frozen=True, eq=False)
+class NativeBurst:
+    """When a burst ends and, after the call, how many steps it had; and the memory that the structure points to."""
+
+    struct: structs.Burst
+    memory: tuple[array[int], array[int], Interrupt]
+
+
+def bind_burst(burst: Burst) -> NativeBurst:
+    """The structure of when a burst ends."""
+    stops = array("q", chain.from_iterable(burst.stops))
+    starts = array("q", accumulate(map(len, burst.stops), initial=0))
+    struct = structs.Burst(
+        steps=burst.steps,
+        stops=stops.buffer_info()[0],
+        stop_starts=starts.buffer_info()[0],
+        seconds=burst.seconds,
+        interrupt=burst.interrupt.address,
+    )
+    return NativeBurst(struct, (stops, starts, burst.interrupt))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int4": 3, "int8": 4}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
@@ -77,6 +77,17 @@ class Sampling(Structure):
     _fields_ = [(name, c_void_p) for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
 
 
+class Burst(Structure):
+    """Decode steps one after the other."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("steps", "done")),
+        *((name, c_void_p) for name in ("stops", "stop_starts")),
+        ("seconds", c_double),
+        ("interrupt", c_void_p),
+    ]
+
+
 _NORMS = ("input_norm", "mlp_norm", "post_attention_norm", "post_mlp_norm", "q_norm", "k_norm")
 
 
@@ -104,7 +115,7 @@ class Model(Structure):
     ]
 
 
-_ALL = (Weight, Linear, Side, KvLayer, Batch, Rope, AttentionShape, Sampling, Layer, Model)
+_ALL = (Weight, Linear, Side, KvLayer, Batch, Rope, AttentionShape, Sampling, Burst, Layer, Model)
 
 
 def check_sizes(library: ctypes.CDLL) -> None:

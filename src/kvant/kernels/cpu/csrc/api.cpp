@@ -8,6 +8,7 @@
 #include <system_error>
 #include <vector>
 
+#include "burst.h"
 #include "decoder.h"
 
 #if defined(KVANT_BUILT_NEON) && defined(__linux__)
@@ -21,7 +22,7 @@ using namespace kvant;
 
 namespace {
 
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 
 #if defined(KVANT_BUILT_NEON)
 // Dot products and arithmetic of 16-bit floats, which came later than NEON itself.
@@ -172,7 +173,8 @@ KVANT_API const Kernels* kvant_kernels(const char* name) {
 // sizeof of the structures that Python mirrors, in the order of types.h: it compares them once.
 KVANT_API void kvant_sizes(int64_t* out) {
   const int64_t sizes[] = {sizeof(Weight), sizeof(Linear), sizeof(Side),  sizeof(KvLayer), sizeof(Batch),
-                           sizeof(Rope), sizeof(AttentionShape), sizeof(Sampling), sizeof(Layer), sizeof(Model)};
+                           sizeof(Rope), sizeof(AttentionShape), sizeof(Sampling), sizeof(Burst), sizeof(Layer),
+                           sizeof(Model)};
   std::memcpy(out, sizes, sizeof sizes);
 }
 
@@ -232,20 +234,23 @@ KVANT_API int kvant_forward(const Kernels* k, int threads, const Model* model, c
   });
 }
 
-// The same, then the token after each of them, without going back to Python between.
+// A burst of such steps and the tokens that they draw, `tokens` [steps, rows], without going back to Python between. In
+// one of several steps, frequencies and the queries' scale must not depend on positions.
 KVANT_API int kvant_draw(const Kernels* k, int threads, const Model* model, const KvLayer* cache, const Batch* batch,
                          const Rope* ropes, int32_t rope_count, const float* query_scale, uint8_t* bad,
-                         const Sampling* how, int64_t* tokens) {
+                         const Sampling* how, Burst* burst, int64_t* tokens) {
   return guarded_step(batch, bad, [&] {
     const int32_t count = batch->tokens, vocab = model->head.weight.rows;
     const std::unique_ptr<float[]> hidden(new float[int64_t{count} * model->hidden]);
     const std::unique_ptr<float[]> logits(new float[int64_t{count} * vocab]);
-    const Rotaries rotaries(ropes, rope_count, *batch);
-    Step step(*k, threads);
-    if (!step.forward(*model, cache, *batch, rotaries.data(), query_scale, hidden.get(), bad)) return false;
-    step.logits(*model, hidden.get(), count, logits.get());
-    step.sample(logits.get(), count, vocab, *how, tokens);
-    return true;
+    for (Going going(*batch, *cache, *how);; going.go_on(tokens), tokens += count) {
+      const Rotaries rotaries(ropes, rope_count, going.batch());
+      Step step(*k, threads);  // one at a time: other engines have their turns between
+      if (!step.forward(*model, cache, going.batch(), rotaries.data(), query_scale, hidden.get(), bad)) return false;
+      step.logits(*model, hidden.get(), count, logits.get());
+      step.sample(logits.get(), count, vocab, going.how(), tokens);
+      if (going.ends(*burst, tokens)) return true;
+    }
   });
 }
 

@@ -176,8 +176,8 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
       codes[b] += 32 * Bits;
     }
   }
-  Column<NB> held;
-  add_outliers(w, in, token, M, blocks, held, acc);
+  Columns<NB> columns;
+  add_outliers(w, in, token, M, blocks, columns, acc);
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)
       store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);

@@ -33,13 +33,22 @@ inline F8 bias_of(const Weight& w, int64_t at, F8 scale) {
   return -(to_float(wide_bytes(w.zeros + at)) * scale);
 }
 
-// NB row blocks' weights in one stored column.
+// NB row blocks' weights in a few stored columns: those asked for last, one for each remainder.
 template <int NB>
-struct Column {
-  int number = -1;
-  F8 weights[NB] = {};
+class Columns {
+ public:
+  Columns() { std::fill(numbers_, numbers_ + kPlaces, -1); }
 
-  void read(const Weight& w, Blocks blocks, int column, int padded) {
+  const F8* get(const Weight& w, Blocks blocks, int column, int padded) {
+    const int place = column % kPlaces;
+    if (numbers_[place] != column) read(w, blocks, column, padded, place);
+    return weights_[place];
+  }
+
+ private:
+  static constexpr unsigned kPlaces = 8;
+
+  void read(const Weight& w, Blocks blocks, int column, int padded, int place) {
     const int bits = w.kind == kWeightU4 ? 4 : 8, shift = __builtin_ctz(w.group), mask = (1 << bits) - 1;
     const int64_t scales = ((padded - 1) >> shift) + 1;
     const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + column * bits / 32 * 32;
@@ -49,23 +58,26 @@ struct Column {
       const int64_t at = (blocks[b] * scales + (column >> shift)) * kRowBlock;
       const F8 scale = load_half(w.scales + at);
       const F8 bias = w.biases || w.zeros ? bias_of(w, at, scale) : scale * all(bits == 4 ? -8.0f : -128.0f);
-      weights[b] = to_float(code) * scale + bias;
+      weights_[place][b] = to_float(code) * scale + bias;
     }
-    number = column;
+    numbers_[place] = column;
   }
+
+  int numbers_[kPlaces];
+  F8 weights_[kPlaces][NB];
 };
 
-// What the inputs' outliers make of the products of `tokens` tokens from `first` on. Most tokens have theirs in the
-// same column, so the last one is kept.
+// What the inputs' outliers make of the products of `tokens` tokens from `first` on. Most tokens have theirs in one of
+// a few columns.
 template <int M, int NB>
-inline void add_outliers(const Weight& w, const Input& in, int first, int tokens, Blocks blocks, Column<NB>& held,
+inline void add_outliers(const Weight& w, const Input& in, int first, int tokens, Blocks blocks, Columns<NB>& columns,
                          F8 (&y)[M][NB]) {
   if (!in.outliers) return;
   for (int m = 0; m < tokens; ++m) {
     const auto [value, column] = in.outliers[first + m];
     if (column < 0) continue;
-    if (column != held.number) held.read(w, blocks, column, in.padded);
-    for (int b = 0; b < NB; ++b) y[m][b] += held.weights[b] * all(value);
+    const F8* weights = columns.get(w, blocks, column, in.padded);
+    for (int b = 0; b < NB; ++b) y[m][b] += weights[b] * all(value);
   }
 }
 
@@ -314,7 +326,7 @@ void add_biases(const Weight& w, const Cut& cut, int padded, Blocks blocks, cons
 // may have room for more tokens than there are: what that holds is multiplied as well, and dropped.
 template <int M, int NB, int Steps>
 void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Panel<NB>& panel, int begin, int end,
-                int first, int last, Blocks blocks, Column<NB>& held, float* out) {
+                int first, int last, Blocks blocks, Columns<NB>& columns, float* out) {
   const Weight& w = linear.weight;
   const int64_t tile = first / M;
   const int32_t* x = in.panels.tiles + (tile * cut.rounds + begin) * (Steps + 2) * M;
@@ -330,7 +342,7 @@ void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Pan
   }
   if (w.biases || w.zeros)
     add_biases(w, cut, in.padded, blocks, in.row(first), last - first, begin * kUnits, end * kUnits, y);
-  if (!begin) add_outliers(w, in, first, last - first, blocks, held, y);
+  if (!begin) add_outliers(w, in, first, last - first, blocks, columns, y);
   for (int m = 0; m < last - first; ++m)
     for (int b = 0; b < NB; ++b) {
       const int row = blocks[b] * kRowBlock, left = std::min(kRowBlock, w.rows - row);
@@ -342,7 +354,7 @@ void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Pan
 
 template <int NB>
 using PanelTile = void (*)(const Linear&, const Input&, const Cut&, const Panel<NB>&, int begin, int end, int first,
-                           int last, Blocks, Column<NB>& held, float* out);
+                           int last, Blocks, Columns<NB>& columns, float* out);
 
 template <int NB>
 PanelTile<NB> panel_tile_of(int unit, int height) {
@@ -358,12 +370,12 @@ void by_panels(const Linear& linear, const Input& in, int first, int last, Block
   const int height = in.panels.height;
   const PanelTile<NB> tile = panel_tile_of<NB>(cut.unit, height);
   Panel<NB> panel;
-  Column<NB> held;
+  Columns<NB> columns;
   for (int begin = 0; begin < cut.rounds; begin += cut.part) {
     const int end = std::min(cut.rounds, begin + cut.part);
     unpack_panel(linear.weight, cut, in.padded, blocks, begin, end, panel);
     for (int token = first; token < last; token += height)
-      tile(linear, in, cut, panel, begin, end, token, std::min(last, token + height), blocks, held, out);
+      tile(linear, in, cut, panel, begin, end, token, std::min(last, token + height), blocks, columns, out);
   }
 }
 

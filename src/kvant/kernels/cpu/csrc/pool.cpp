@@ -3,6 +3,9 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -14,7 +17,7 @@ namespace {
 constexpr uint64_t kOpen = uint64_t{1} << 31, kInside = kOpen - 1;
 constexpr int kSpins = 4000;       // some 50 microseconds, longer than what lies between two jobs of a step
 constexpr int kPoliteSpins = 500;  // before the caller lets others run while it waits
-constexpr int64_t kAlignment = 64, kSlab = int64_t{1} << 20;
+constexpr int64_t kAlignment = 64, kHugePage = int64_t{1} << 21;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -22,6 +25,18 @@ inline void pause() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Null where the system refuses; else in huge pages, if it has them: a step writes all over its memory, and waits less
+// for the translation of addresses.
+char* allocate(int64_t size) {
+  void* data = std::aligned_alloc(kHugePage, size);
+#if defined(__linux__)
+  if (data) madvise(data, size, MADV_HUGEPAGE);
+#endif
+  return static_cast<char*>(data);
 }
 
 }  // namespace
@@ -35,14 +50,14 @@ FlushTiny::~FlushTiny() {}
 #endif
 
 void* Arena::bytes(int64_t size) {
-  size = (size + kAlignment - 1) / kAlignment * kAlignment;
+  size = round_up(size, kAlignment);
   while (slab_ < slabs_.size() && used_ + size > slabs_[slab_].size) {
     ++slab_;
     used_ = 0;
   }
   if (slab_ == slabs_.size()) {
-    const int64_t length = size > kSlab ? size : kSlab;
-    char* data = static_cast<char*>(std::aligned_alloc(kAlignment, length));
+    const int64_t length = round_up(size, kHugePage);
+    char* data = allocate(length);
     if (!data) throw std::bad_alloc();
     slabs_.push_back({data, length});
   }
@@ -60,7 +75,7 @@ void Arena::reset() {
       std::free(slab.data);
     }
     slabs_.clear();
-    if (char* data = static_cast<char*>(std::aligned_alloc(kAlignment, total))) slabs_.push_back({data, total});
+    if (char* data = allocate(total)) slabs_.push_back({data, total});
   }
   slab_ = 0;
   used_ = 0;

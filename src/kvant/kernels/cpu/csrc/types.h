@@ -96,6 +96,15 @@ struct Sampling {
   const double* uniform;
 };
 
+// Decode steps one after the other: each row of one begins with the token that the row drew in the one before.
+struct Burst {
+  int32_t steps, done;         // at most; how many there were
+  const int64_t* stops;        // after these tokens there is no other step: those of all rows, one after the other
+  const int64_t* stop_starts;  // [rows + 1]
+  double seconds;              // nor one that would end later than so long after the start
+  const int32_t* interrupt;    // nor any once this is not 0
+};
+
 struct Layer {
   const float *input_norm, *mlp_norm, *post_attention_norm, *post_mlp_norm, *q_norm, *k_norm;
   Linear qkv, out, gate_up, down;
