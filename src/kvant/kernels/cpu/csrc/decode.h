@@ -17,6 +17,7 @@ struct Heads {
     for (int h = 0; h < heads; ++h) {
       make_query(at, q + h * at.dim, raw[h], inner[h]);
       if (integer) quantize_query(at.layer.key, inner[h], at.dim, &codes[h]);
+      if (integer && is_4bit(at.layer.key.kind)) codes[h].repeat(at.dim);
       if (at.layer.key.centre) centre[h].make(at, raw[h]);
     }
   }

@@ -16,6 +16,12 @@ constexpr bool kSplitQueries = true;
 constexpr bool kSplitQueries = false;
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512VL__)
+constexpr bool kRepeatQueries = true;
+#else
+constexpr bool kRepeatQueries = false;  // a product takes four codes from memory and repeats them itself
+#endif
+
 // A query for integer dots. Codes: in 8 bits the even ones of eight dims, then the odd ones; in 15 bits dims 0, 2, 1,
 // 3. Split ones, for dots of bytes, are the lower 7 bits of eight dims, then the upper 8, and meet unsigned codes less
 // 128: `start` is what that leaves out.
@@ -24,6 +30,13 @@ struct IntegerQuery {
   alignas(32) int16_t wide[kMaxHeadDim];
   float step[kMaxGroups], sum[kMaxGroups];
   int32_t start[kMaxGroups];
+  alignas(32) int8_t repeated[kRepeatQueries ? 8 * kMaxHeadDim : 1];  // of narrow ones each four, eight times
+
+  void repeat(int dim) {
+    for (int i = 0; kRepeatQueries && i < dim; i += 4) store(repeated + 8 * i, broadcast4(narrow + i));
+  }
+  // Four narrow codes from `at` on in all lanes, once `repeat` was called.
+  B32 four(int at) const { return kRepeatQueries ? load<B32>(repeated + 8 * at) : broadcast4(narrow + at); }
 };
 
 inline void store_split(int8_t* p, I8 codes) {
@@ -136,8 +149,8 @@ inline void add_dots4(const uint8_t* rows, int64_t pitch, const IntegerQuery* qu
   Dot dots[Heads];
   for (int j = 0; j < 4; ++j) {
     const B32 low = codes[j] & 15, high = as<B32>(as<U8>(codes[j]) >> 4) & 15;
-    for (int h = 0; h < Heads; ++h) dots[h].add(low, broadcast4(queries[h].narrow + dim + 8 * j));
-    for (int h = 0; h < Heads; ++h) dots[h].add(high, broadcast4(queries[h].narrow + dim + 8 * j + 4));
+    for (int h = 0; h < Heads; ++h) dots[h].add(low, queries[h].four(dim + 8 * j));
+    for (int h = 0; h < Heads; ++h) dots[h].add(high, queries[h].four(dim + 8 * j + 4));
   }
   for (int h = 0; h < Heads; ++h) totals[h] += dots[h].total();
 }

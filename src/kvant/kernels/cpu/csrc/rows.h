@@ -35,10 +35,14 @@ struct Run {
 // Runs, of at most kTile slots, of the sequence's slots from number `first` on, for offsets [from, to) from there.
 inline int find_runs(const Place& at, int64_t first, int from, int to, Run* runs) {
   int count = 0;
+  const int size = at.layer.block_size;
+  int64_t block = (first + from) / size;  // divided once: it takes long
+  int offset = static_cast<int>((first + from) % size);
   for (int t = from; t < to; t = runs[count++].end) {
-    const int64_t number = first + t;
-    const int left = at.layer.block_size - static_cast<int>(number % at.layer.block_size);
-    runs[count] = {t, std::min({to, t + left, t + kTile}), at.spot(number)};
+    const int end = std::min({to, t + size - offset, t + kTile});
+    runs[count] = {t, end, {at.table[block], at.kv_head * size + offset}};
+    offset += end - t;
+    if (offset == size) ++block, offset = 0;
   }
   return count;
 }
