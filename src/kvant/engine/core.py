@@ -47,7 +47,7 @@ class EngineStats:
 class Core:
     """One model, its KV store and its scheduler. Not thread-safe: `Engine` owns the thread that calls it.
 
-    `interrupt` may be set from anywhere: a burst of steps then ends at once.
+    `interrupt` may be set from anywhere: a burst then ends with the step that it is at.
 
     Args:
         model: ready to run.
@@ -78,21 +78,12 @@ class Core:
         self._pool = BlockPool(self.memory.num_blocks)
         self._swap = BlockPool(self.memory.swap_blocks)
         self._tree = PrefixTree(self._pool, self.memory.paging) if config.enable_prefix_caching else None
-        self._scheduler = Scheduler(
-            self._pool,
-            self._tree,
-            swap=self._swap,
-            paging=self.memory.paging,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            max_steps=1 if limits.overlapping or not model.decoder.bursts else _BURST_STEPS,
-        )
         recorded = _records(model, config)
         # One block is nobody's: recorded steps write there what is beyond the batch.
         self.store = KVStore.allocate(spec.kv_shape, plan, self.memory.num_blocks + recorded, config.block_size, device)
         graphs = self._record() if recorded else None
         self._runner = Runner(model.decoder, self.store, SwapSpace(self.store, self.memory.swap_blocks), graphs)
+        self._scheduler = self._schedule()
         self._flight: Flight | None = None
         self.interrupt = self._runner.interrupt
 
@@ -100,6 +91,20 @@ class Core:
     def device(self) -> torch.device:
         """Where it computes; on a GPU, in threads whose current device that is."""
         return self._model.decoder.ops.device
+
+    def _schedule(self) -> Scheduler:
+        limits = self._limits
+        bursts = not limits.overlapping and self._model.decoder.bursts(self.store.layers)
+        return Scheduler(
+            self._pool,
+            self._tree,
+            swap=self._swap,
+            paging=self.memory.paging,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            max_steps=_BURST_STEPS if bursts else 1,
+        )
 
     def _record(self) -> DecodeGraphs:
         try:

@@ -184,4 +184,5 @@ def _chosen(x: Tensor, rows: list[int]) -> Tensor:
 def _following(plan: Plan, before: Flight) -> Tensor:
     """The ids that a plan's rows begin with, one each, as the step before draws them: [T] int64 on the device."""
     drawn = {sequence: row for row, sequence in enumerate(before.samplers)}
-    return _chosen(before.tokens, [drawn[row.sequence] for row in plan.rows])
+    last = before.tokens.view(-1, len(before.samplers))[-1]
+    return _chosen(last, [drawn[row.sequence] for row in plan.rows])

@@ -81,10 +81,9 @@ class Decoder:
         """Whether the backend has `draw`."""
         return self._fused is not None
 
-    @property
-    def bursts(self) -> bool:
-        """Whether `draw` makes more than one step."""
-        return self._fused is not None and self._fused.bursts and self.spec.log_n_length is None
+    def bursts(self, cache: Sequence[KVLayer]) -> bool:
+        """Whether `draw` makes more than one step on such a cache."""
+        return self._fused is not None and self._fused.bursts(cache) and self.spec.log_n_length is None
 
     def draw(
         self,

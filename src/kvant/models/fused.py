@@ -68,10 +68,9 @@ class FusedDecoder:
         self._model = self._bind_model(shapes, tuple(ropes))
         self._bound: tuple[Sequence[KVLayer], NativeCache | None] = ((), None)
 
-    @property
-    def bursts(self) -> bool:
-        """Whether rotations leave it to positions alone how steps differ, so that one may follow another unseen."""
-        return self._fixed_ropes is not None
+    def bursts(self, cache: Sequence[KVLayer]) -> bool:
+        """Whether the kernels know the cache, and rotations depend on positions alone: one step may follow another."""
+        return self._fixed_ropes is not None and self._cache(cache) is not None
 
     def forward(
         self,

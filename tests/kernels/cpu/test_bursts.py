@@ -19,6 +19,7 @@ from kvant.engine.sequence import Failure, Plan, Request, TokenEvent
 from kvant.errors import NotFiniteError
 from kvant.formats.kv import KV_FORMATS
 from kvant.kernels.ops import Ops
+from kvant.models.fused import FusedDecoder
 from kvant.quantize.rtn import rtn
 from kvant.weights.load import LoadedModel, load_model
 from kvant.weights.matrices import Rounding
@@ -89,9 +90,10 @@ def test_tokens_and_cache_are_those_of_steps_one_by_one(native, path, plans, kv)
     model = load(path, native(2))
     name, config = ("int4", {"block_size": 16}) if kv == "sinks" else (kv, {})
     plan = plan_of(KV_FORMATS[name], 2, model.spec.num_kv_heads, model.spec.head_dim)
-    expected = drive(one_by_one(core_of(model, plan, **config)), ASKS)
+    asks = [*ASKS, (text(5, 1), GREEDY)]  # which writes sinks as it decodes
+    expected = drive(one_by_one(core_of(model, plan, **config)), asks)
     single = len(plans)
-    outcome = drive(core_of(model, plan, **config), ASKS)
+    outcome = drive(core_of(model, plan, **config), asks)
     assert max(each.steps for each in plans[:single]) == 1
     assert len(plans) - single < single / 3
     assert_same(outcome, expected)
@@ -103,7 +105,7 @@ def test_models_whose_steps_depend_on_more_than_positions_make_them_one_by_one(n
     model = load_dense(build(TINIES[family], tmp_path).published, native(1))
     asks = [([token % 128 for token in text(seed, 5 + seed)], replace(GREEDY, max_tokens=8)) for seed in (1, 2)]
     outcome = drive(core_of(model, max_model_len=32), asks)
-    assert any(plan.steps > 1 for plan in plans) == model.decoder.bursts == (family in ("gemma-3-1b", "qwen2-windows"))
+    assert any(plan.steps > 1 for plan in plans) == (family in ("gemma-3-1b", "qwen2-windows"))
     assert_same(outcome, drive(one_by_one(core_of(model, max_model_len=32)), asks))
 
 
@@ -176,25 +178,67 @@ def test_what_is_not_finite_in_a_burst_ends_its_own_request(native, path, tmp_pa
         events += core.step()
     failures = [(request, event) for request, event in events if isinstance(event, Failure)]
     assert [(request, type(event.error)) for request, event in failures] == [(requests[0], NotFiniteError)]
+    assert requests[0].sequences[0].output == first[: first.index(bad) + 1], "what came before is told"
     assert requests[1].sequences[0].output == second
 
 
-def test_an_arrival_is_served_between_two_steps(native, tmp_path):
-    """The thread that computes is in a burst when somebody comes."""
-    model = load_dense(write_checkpoint(tmp_path, max_position_embeddings=8192), native(1))
-    engine = Engine(core_of(model, max_model_len=8192, num_kv_blocks=1500))
+@pytest.fixture
+def bursts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Steps that were planned and done of each burst."""
+    seen: list[tuple[int, int]] = []
+    draw = FusedDecoder.draw
+
+    def watched(self, *step):
+        tokens = draw(self, *step)
+        seen.append((step[-1].steps, len(tokens)))
+        return tokens
+
+    monkeypatch.setattr(FusedDecoder, "draw", watched)
+    return seen
+
+
+def test_a_submission_and_an_abort_end_the_burst_that_they_meet(native, path, bursts, monkeypatch):
+    """They come when its plan is made already."""
+    engine = Engine(core_of(load(path, native(1)), num_kv_blocks=800))
+    launch, later = Runner.launch, []
+
+    def interrupted(self, plan, after=None):
+        if plan.steps > 1 and len(bursts) in (2, 6):
+            later.append(engine.submit(text(2, 9), GREEDY, lambda *event: None) if not later else engine.abort(first))
+        return launch(self, plan, after)
+
+    monkeypatch.setattr(Runner, "launch", interrupted)
     try:
-        events: list[tuple[Request, TokenEvent | Failure]] = []
-        wish = replace(GREEDY, max_tokens=8000)
-        first = engine.submit(text(1, 9), wish, lambda *event: events.append(event))
-        eventually(lambda: len(events) > 50)
-        second = engine.submit(text(2, 9), replace(wish, max_tokens=3), lambda *event: events.append(event))
-        eventually(lambda: second.sequences[0].finish_reason is not None)
-        assert first.sequences[0].finish_reason is None
-        engine.abort(first)
-        eventually(lambda: first.sequences[0].finish_reason == "abort")
+        first = engine.submit(text(1, 9), replace(GREEDY, max_tokens=150), lambda *event: None)
+        eventually(lambda: len(later) == 2 and later[0].sequences[0].finish_reason is not None)
+        assert first.sequences[0].finish_reason == "abort"
     finally:
         engine.close()
+    assert bursts[:2] == [(8, 8)] * 2
+    assert bursts[2] == (8, 1)
+    assert bursts[6][1] == 1
+
+
+def test_engines_that_share_the_pool_take_turns_in_their_bursts(native, path, bursts):
+    model = load(path, native(2))
+    engines = [Engine(core_of(model)) for _ in range(2)]
+    try:
+        wish = replace(GREEDY, max_tokens=170)
+        requests = [engine.submit(text(n, 9), wish, lambda *event: None) for n, engine in enumerate(engines)]
+        eventually(lambda: all(request.sequences[0].finish_reason == "length" for request in requests))
+    finally:
+        for engine in engines:
+            engine.close()
+    assert any(done < planned for planned, done in bursts), "one has made way for the other"
+
+
+def test_steps_that_overlap_draw_too(native, path):
+    """A prompt that the cache knows begins with a step that only decodes."""
+    model = load(path, native(1))
+    asks = [(text(1, 17), GREEDY), (text(2, 17), replace(GREEDY, min_tokens=4, ignore_eos=False))]
+    core = core_of(model, async_scheduling=True)
+    first, again = (drive(core, asks).outputs for _ in range(2))
+    assert first == again == drive(one_by_one(core_of(model)), asks).outputs
 
 
 def test_a_sink_that_fails_within_a_burst_hears_no_more_of_it(native, path):

@@ -234,8 +234,9 @@ KVANT_API int kvant_forward(const Kernels* k, int threads, const Model* model, c
   });
 }
 
-// A burst of such steps and the tokens that they draw, `tokens` [steps, rows], without going back to Python between. In
-// one of several steps, frequencies and the queries' scale must not depend on positions.
+// A burst of such steps, of one token a row, and the tokens that they draw, `tokens` [steps, rows], without going back to
+// Python between. In one of several steps, frequencies and the queries' scale must not depend on positions. It ends
+// before a step that is not finite, unless that is the first: then it is the next burst's.
 KVANT_API int kvant_draw(const Kernels* k, int threads, const Model* model, const KvLayer* cache, const Batch* batch,
                          const Rope* ropes, int32_t rope_count, const float* query_scale, uint8_t* bad,
                          const Sampling* how, Burst* burst, int64_t* tokens) {
@@ -245,11 +246,13 @@ KVANT_API int kvant_draw(const Kernels* k, int threads, const Model* model, cons
     const std::unique_ptr<float[]> logits(new float[int64_t{count} * vocab]);
     for (Going going(*batch, *cache, *how);; going.go_on(tokens), tokens += count) {
       const Rotaries rotaries(ropes, rope_count, going.batch());
-      Step step(*k, threads);  // one at a time: other engines have their turns between
-      if (!step.forward(*model, cache, going.batch(), rotaries.data(), query_scale, hidden.get(), bad)) return false;
+      Step step(*k, threads);
+      if (!step.forward(*model, cache, going.batch(), rotaries.data(), query_scale, hidden.get(), bad))
+        return burst->done > 0;
       step.logits(*model, hidden.get(), count, logits.get());
       step.sample(logits.get(), count, vocab, going.how(), tokens);
-      if (going.ends(*burst, tokens)) return true;
+      ++burst->done;
+      if (going.ends(*burst, tokens) || Turn::is_awaited()) return true;
     }
   });
 }

@@ -24,10 +24,10 @@ class Going {
   const Batch& batch() const { return batch_; }
   const Sampling& how() const { return how_; }
 
-  // Whether the step that drew `tokens` is the last one; it is counted.
-  bool ends(Burst& burst, const int64_t* tokens) const {
+  // Whether the step that drew `tokens` is the burst's last one.
+  bool ends(const Burst& burst, const int64_t* tokens) const {
     const double spent = std::chrono::duration<double>(Clock::now() - start_).count();
-    if (++burst.done >= burst.steps || __atomic_load_n(burst.interrupt, __ATOMIC_RELAXED)) return true;
+    if (burst.done >= burst.steps || __atomic_load_n(burst.interrupt, __ATOMIC_RELAXED)) return true;
     if (spent + spent / burst.done > burst.seconds) return true;
     for (int row = 0; row < batch_.tokens; ++row) {
       const int64_t *first = burst.stops + burst.stop_starts[row], *last = burst.stops + burst.stop_starts[row + 1];

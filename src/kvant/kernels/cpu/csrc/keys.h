@@ -17,9 +17,9 @@ constexpr bool kSplitQueries = false;
 #endif
 
 #if defined(__AVX2__) && !defined(__AVX512VL__)
-constexpr bool kRepeatQueries = true;
+constexpr bool kRepeatQueries = true;  // a product takes an operand from memory, but not one to be repeated
 #else
-constexpr bool kRepeatQueries = false;  // a product takes four codes from memory and repeats them itself
+constexpr bool kRepeatQueries = false;
 #endif
 
 // A query for integer dots. Codes: in 8 bits the even ones of eight dims, then the odd ones; in 15 bits dims 0, 2, 1,

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 
@@ -56,7 +57,7 @@ void* Arena::bytes(int64_t size) {
     used_ = 0;
   }
   if (slab_ == slabs_.size()) {
-    const int64_t length = round_up(size, kHugePage);
+    const int64_t length = round_up(std::max(size, kAlignment), kHugePage);
     char* data = allocate(length);
     if (!data) throw std::bad_alloc();
     slabs_.push_back({data, length});
@@ -194,6 +195,7 @@ namespace {
 
 struct Shared {
   std::mutex turn;
+  std::atomic<int> waiting{0};  // for the turn
   Pool pool;
   Arena arena;
 };
@@ -204,10 +206,19 @@ Shared& shared() {
   return *one;
 }
 
+std::unique_lock<std::mutex> take_turn() {
+  ++shared().waiting;
+  std::unique_lock<std::mutex> turn(shared().turn);
+  --shared().waiting;
+  return turn;
+}
+
 }  // namespace
 
+bool Turn::is_awaited() { return shared().waiting > 0; }
+
 Turn::Turn(int threads)
-    : lock_(shared().turn), threads_(threads < 1 ? 1 : threads), pool_(shared().pool), arena_(shared().arena) {
+    : lock_(take_turn()), threads_(threads < 1 ? 1 : threads), pool_(shared().pool), arena_(shared().arena) {
   pool_.grow(threads_);
   arena_.reset();
 }

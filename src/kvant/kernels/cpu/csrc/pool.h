@@ -112,6 +112,8 @@ class Turn {
   void run(int64_t units, Body&& body) {
     pool_.run(threads_, units, body);
   }
+  // Whether somebody waits for a turn. Who has had one and takes another at once would always be first.
+  static bool is_awaited();
   int threads() const { return threads_; }
   Arena& arena() { return arena_; }
 

@@ -22,8 +22,10 @@ struct Place {
 
   // The slot that the sequence's slots have this number in.
   Spot spot(int64_t number) const {
-    return {table[number / layer.block_size], kv_head * layer.block_size + static_cast<int>(number % layer.block_size)};
+    return spot(number / layer.block_size, static_cast<int>(number % layer.block_size));
   }
+  // The slot so far into one of its blocks.
+  Spot spot(int64_t block, int offset) const { return {table[block], kv_head * layer.block_size + offset}; }
 };
 
 // Slots [begin, end) of a tile or span that lie together in memory.
@@ -40,7 +42,7 @@ inline int find_runs(const Place& at, int64_t first, int from, int to, Run* runs
   int offset = static_cast<int>((first + from) % size);
   for (int t = from; t < to; t = runs[count++].end) {
     const int end = std::min({to, t + size - offset, t + kTile});
-    runs[count] = {t, end, {at.table[block], at.kv_head * size + offset}};
+    runs[count] = {t, end, at.spot(block, offset)};
     offset += end - t;
     if (offset == size) ++block, offset = 0;
   }
