@@ -265,7 +265,8 @@ class SamplingParams:
         repetition_penalty: > 1 discourages tokens of prompt and output (divides positive logits).
         presence_penalty, frequency_penalty: subtracted once, or per occurrence, for tokens of the output.
         logit_bias: token id -> added to its logit, from -100 to 100.
-        seed: same seed, same output, whatever else is in the batch.
+        seed: same seed, same output, whatever else is in the batch; but native kernels compute a prompt that the prefix
+            cache knows a little differently, which may turn an output.
         stop: strings that end the output (they are not part of it).
         stop_token_ids: ids that end the output.
         ignore_eos: go on past the model's end-of-sequence tokens.

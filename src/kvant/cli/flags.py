@@ -168,7 +168,12 @@ ENGINE_FLAGS = (
         bool,
         "Launch a step before the last one's tokens are known. Default: on a GPU.",
     ),
-    _engine("seed", int, "Makes answers repeatable: same seed, same answer. Default: a new one each time."),
+    _engine(
+        "seed",
+        int,
+        "Makes answers repeatable: same seed, same answer, but for what the prefix cache changes in rounding. "
+        "Default: a new one each time.",
+    ),
 )
 
 engine_flags = takes("engine", ENGINE_FLAGS, lambda values: EngineConfig(**values))
