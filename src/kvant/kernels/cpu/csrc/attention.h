@@ -84,9 +84,9 @@ struct CentreQuery {
 // Writes the scores [kTile] that a tile's centre makes.
 template <int Order>
 inline void centre_scores(const KvLayer& layer, const float* weights, float* out) {
-  for (int t = 0; t < kTile; t += 8) {
-    F8 score = all(0.0f);
-    for (int j = 0; j < Order; ++j) score += all(weights[j]) * load<F8>(layer.basis + j * kTile + t);
+  for (int t = 0; t < kTile; t += kLanesOf<FWide>) {
+    FWide score = all<FWide>(0.0f);
+    for (int j = 0; j < Order; ++j) score += all<FWide>(weights[j]) * load<FWide>(layer.basis + j * kTile + t);
     store(out + t, score);
   }
 }
@@ -101,8 +101,11 @@ struct Softmax {
   // Takes note of more scores, a multiple of 8, one of them not kNever; returns what earlier sums are to be multiplied
   // by. Up to `slack` above the top, they leave it as it is.
   float raise(const float* scores, int count, float slack = 0) {
-    F8 tops = load<F8>(scores);
-    for (int t = 8; t < count; t += 8) tops = larger(tops, load<F8>(scores + t));
+    const int whole = count & -kLanesOf<FWide>;
+    FWide wide = all<FWide>(kNever);
+    for (int t = 0; t < whole; t += kLanesOf<FWide>) wide = larger(wide, load<FWide>(scores + t));
+    F8 tops = folded_top(wide);
+    if (whole < count) tops = larger(tops, load<F8>(scores + whole));
     const float next = largest(tops);
     if (next <= top + slack) return 1;
     const float kept = top == kNever ? 0.0f : power_of_two(all(top - next))[0];
@@ -126,21 +129,22 @@ struct Softmax {
 template <int Groups, class Count>
 inline float scale_weights(const float* scores, const Steps& steps, Count count, Softmax& softmax, F8* shifts,
                            float (*scaled)[kTile]) {
-  F8 top = all(0.0f), total = all(0.0f), shift[Groups] = {};
-  const F8 most = all(softmax.top);
-  for (int t = 0; t < count; t += 8) {
-    const F8 weight = power_of_two(load<F8>(scores + t) - most);
+  typedef FOfCount<Count> F;
+  F top = all<F>(0.0f), total = all<F>(0.0f), shift[Groups] = {};
+  const F most = all<F>(softmax.top);
+  for (int t = 0; t < count; t += kLanesOf<F>) {
+    const F weight = power_of_two(load<F>(scores + t) - most);
     total += weight;
     for (int g = 0; g < Groups; ++g) {
-      const F8 x = weight * load<F8>(steps.scale[g] + t);
-      shift[g] += weight * load<F8>(steps.shift[g] + t);
+      const F x = weight * load<F>(steps.scale[g] + t);
+      shift[g] += weight * load<F>(steps.shift[g] + t);
       top = larger(top, x);
       store(scaled[g] + t, x);
     }
   }
-  softmax.sums += total;
-  for (int g = 0; g < Groups; ++g) shifts[g] += shift[g];
-  return largest(top);
+  softmax.sums += folded_sum(total);
+  for (int g = 0; g < Groups; ++g) shifts[g] += folded_sum(shift[g]);
+  return largest(folded_top(top));
 }
 
 inline void mask_scores(float* scores, int from, int to, int count) {

@@ -8,7 +8,7 @@ namespace kvant::KVANT_ISA {
 // The query heads of one KV head that a unit attends with.
 struct Heads {
   int count;
-  alignas(32) float raw[kMaxShared][kMaxHeadDim], inner[kMaxShared][kMaxHeadDim];
+  alignas(kAlign) float raw[kMaxShared][kMaxHeadDim], inner[kMaxShared][kMaxHeadDim];
   IntegerQuery codes[kMaxShared];
   CentreQuery centre[kMaxShared];
 
@@ -31,7 +31,7 @@ inline void for_heads(int heads, Body body) {
 
 // Scores of a span's tokens under the heads, [heads][kPitch] from kPad on.
 struct Scores {
-  alignas(32) float all[kMaxShared * kPitch];
+  alignas(kAlign) float all[kMaxShared * kPitch];
   float* of(int h) { return all + h * kPitch + kPad; }
 
   void compute(const Place& at, const Heads& heads, const Span& it) {
@@ -100,7 +100,7 @@ struct Scores {
         add_float_scores<n(), Halves>(keys, run.end - run.begin, at.dim, heads.inner[h], of(h) + run.begin, next);
       });
     }
-    alignas(32) float keys[8 * kMaxHeadDim];
+    alignas(kAlign) float keys[8 * kMaxHeadDim];
     for (int t = run.begin; t < run.end; t += 8) {
       decode_eight(key, at.kv_head, at.dim, run.spot + (t - run.begin), keys);
       for_heads<3>(heads.count, [&](auto n, int h) {
@@ -112,7 +112,7 @@ struct Scores {
 
 // Weighted sums of values under the heads, in the order that the codes are mixed in.
 struct Mixed {
-  alignas(32) float sums[kMaxShared][kMaxHeadDim];
+  alignas(kAlign) float sums[kMaxShared][kMaxHeadDim];
   F8 shifts[kMaxShared][kMaxGroups];
   Softmax softmax[kMaxShared];
   bool integer;
@@ -163,7 +163,7 @@ struct Mixed {
         add_values<n(), Halves>(values, at.dim, to - from, scores.of(h) + from, sums[h], next);
       });
     }
-    alignas(32) float values[8 * kMaxHeadDim];
+    alignas(kAlign) float values[8 * kMaxHeadDim];
     for (int t = from; t < to; t += 8) {
       const int count = std::min(8, to - t);
       for (int j = 0; j < count; ++j)
@@ -179,7 +179,7 @@ struct Mixed {
     const Steps steps(value, at.kv_head, meta_at(value, run.spot), run.end - run.begin, it.from - run.begin,
                       it.to - run.begin);
     const bool narrow = has_narrow_weights(value, at.dim);
-    alignas(32) Weights weights[kMaxShared];
+    alignas(kAlign) Weights weights[kMaxShared];
     float units[kMaxShared];
     with_count<kMaxGroups>(groups_of(value), [&](auto groups) {
       with_tile(run.end - run.begin, [&](auto count) {
@@ -220,24 +220,26 @@ struct Mixed {
   template <int Groups, class Count>
   void round_weights(Scores& scores, const Steps& steps, const Span& it, int first, Count count, int heads,
                      bool narrow, Weights* rounded, float* units) {
-    alignas(32) float scaled[kMaxShared][Groups][kTile];
+    alignas(kAlign) float scaled[kMaxShared][Groups][kTile];
     const float most = narrow ? kTopNarrow : kTopWide;
     const int slot = static_cast<int>((it.first + first) % kTile);
     for (int h = 0; h < heads; ++h)
       units[h] =
           scale_weights<Groups>(scores.of(h) + first, steps, count, softmax[h], shifts[h], scaled[h]) / most;
     for (int h = 0; h < heads; ++h) {
-      const F8 inverse = all(units[h] > 0 ? 1.0f / units[h] : 0.0f);
+      const float inverse = units[h] > 0 ? 1.0f / units[h] : 0.0f;
       for (int g = 0; g < Groups; ++g) {
         const float* x = scaled[h][g];
         int16_t* out = rounded[h][g];
         if (narrow) {
-          F8 added = all(0.0f);
-          for (int t = 0; t < count; t += 8) added += store_narrow(out + t, load<F8>(x + t), inverse, slot + t);
+          typedef FOfCount<Count> F;
+          F added = all<F>(0.0f);
+          for (int t = 0; t < count; t += kLanesOf<F>)
+            added += store_narrow(out, t, load<F>(x + t), all<F>(inverse), slot + t);
           // Codes lie about their middle: times that, what rounding adds would be in all dims alike.
-          shifts[h][g] += all(kMiddle4 * units[h]) * added;
+          shifts[h][g] += all(kMiddle4 * units[h]) * folded_sum(added);
         } else {
-          for (int t = 0; t < count; t += 8) store_words(out + t, to_int(load<F8>(x + t) * inverse));
+          for (int t = 0; t < count; t += 8) store_words(out + t, to_int(load<F8>(x + t) * all(inverse)));
         }
       }
     }
@@ -247,7 +249,7 @@ struct Mixed {
 // The sinks' part of a decode: raw vectors in 16 bit, under a softmax of their own, eight at a time.
 struct Sinks {
   Softmax softmax[kMaxShared];
-  alignas(32) float sums[kMaxShared][kMaxHeadDim];
+  alignas(kAlign) float sums[kMaxShared][kMaxHeadDim];
 
   // `scores` is room for theirs.
   void attend(const Place& at, const Heads& heads, int64_t from, int64_t to, Scores& scores) {
@@ -259,7 +261,7 @@ struct Sinks {
   }
 
  private:
-  alignas(32) float vectors_[8 * kMaxHeadDim];
+  alignas(kAlign) float vectors_[8 * kMaxHeadDim];
   Ahead none_;
 
   void read(const Place& at, const Side& side, int64_t first, int count) {

@@ -90,6 +90,10 @@ inline void with_tile(int count, Body body) {
   count == kTile ? body(std::integral_constant<int, kTile>()) : body(count);
 }
 
+// What a loop over so many tokens takes at once.
+template <class Count>
+using FOfCount = std::conditional_t<std::is_same_v<Count, std::integral_constant<int, kTile>>, FWide, F8>;
+
 // Has gcc compute what follows from x here, not earlier, where it would take a register too many.
 template <class V>
 inline void wait_for([[maybe_unused]] V& x) {
@@ -155,6 +159,36 @@ inline void add_dots4(const uint8_t* rows, int64_t pitch, const IntegerQuery* qu
   for (int h = 0; h < Heads; ++h) totals[h] += dots[h].total();
 }
 
+#if defined(__AVX512VNNI__)
+// Sixteen rows of 16 bytes likewise, in sixteen lanes.
+inline void lanes_of_rows(const uint8_t* rows, int64_t pitch, __m512i (&out)[4]) {
+  __m512i x[4];
+  for (int i = 0; i < 4; ++i) x[i] = four_rows(rows + i * pitch, 4 * pitch);
+  const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+  const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+  out[0] = _mm512_unpacklo_epi64(a, c);
+  out[1] = _mm512_unpackhi_epi64(a, c);
+  out[2] = _mm512_unpacklo_epi64(b, d);
+  out[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// The same dots of sixteen rows.
+template <int Heads>
+inline void add_dots4(const uint8_t* rows, int64_t pitch, const IntegerQuery* queries, int dim, I16 (&totals)[Heads]) {
+  __m512i codes[4];
+  lanes_of_rows(rows, pitch, codes);
+  const __m512i mask = _mm512_set1_epi8(15);
+  for (int j = 0; j < 4; ++j) {
+    const __m512i low = codes[j] & mask, high = _mm512_srli_epi16(codes[j], 4) & mask;
+    for (int h = 0; h < Heads; ++h) {
+      const int8_t* q = queries[h].narrow + dim + 8 * j;
+      const __m512i sum = _mm512_dpbusd_epi32((__m512i)totals[h], low, _mm512_set1_epi32(load<int32_t>(q)));
+      totals[h] = (I16)_mm512_dpbusd_epi32(sum, high, _mm512_set1_epi32(load<int32_t>(q + 4)));
+    }
+  }
+}
+#endif
+
 // The same of 8-bit rows, signed or less 128, with split queries over 16 dims.
 template <int Heads, bool Signed>
 inline void add_dots_split(const B32 (&codes)[4], const IntegerQuery* queries, int dim, I8 (&totals)[Heads]) {
@@ -191,38 +225,57 @@ enum Codes { kCodes4, kUnsigned8, kSigned8 };
 
 inline Codes codes_of(int32_t kind) { return is_4bit(kind) ? kCodes4 : is_signed(kind) ? kSigned8 : kUnsigned8; }
 
-// Adds to scores [heads][kPitch] what the queries make of a run's keys. A size of 0 is known at run time only.
+// Adds to `scores`, of heads kPitch apart, what the queries make of as many keys as F has lanes. A size of 0 is known
+// at run time only.
+template <class F, int Heads, Codes Kind, int Dim, int Groups>
+inline void add_lane_scores(const Side& side, int kv_head, int head_dim, const uint8_t* rows, const uint16_t* words,
+                            const IntegerQuery* queries, float* scores) {
+  typedef std::conditional_t<sizeof(F) == sizeof(F8), I8, IWide> I;
+  const int dim = Dim ? Dim : head_dim, groups = Groups ? Groups : groups_of(side);
+  const int pitch = Kind == kCodes4 ? dim / 2 : dim, bytes = pitch / groups;
+  F found[Heads];
+  for (int h = 0; h < Heads; ++h) found[h] = load<F>(scores + h * kPitch);
+#pragma GCC unroll 4
+  for (int g = 0; g < groups; ++g) {
+    I totals[Heads] = {};
+    if constexpr (kSplitQueries && Kind == kUnsigned8)
+      for (int h = 0; h < Heads; ++h) totals[h] = all(queries[h].start[g]);
+#pragma GCC unroll 4
+    for (int b = 0; b < bytes; b += 16) {
+      const int at = g * bytes + b;
+      if constexpr (Kind == kCodes4) add_dots4(rows + at, pitch, queries, 2 * at, totals);
+      else add_dots8<Heads, Kind == kSigned8>(rows + at, pitch, queries, at, totals);
+    }
+    StepOf<F> step;
+    if constexpr (Groups == 2) step = read_pair<F>(words, g);
+    else step = read_steps(side, kv_head, words, g);
+    for (int h = 0; h < Heads; ++h) {
+      found[h] += step.scale * (to_float(totals[h]) * all<F>(queries[h].step[g]));
+      found[h] -= step.shift * all<F>(queries[h].sum[g]);
+    }
+  }
+  for (int h = 0; h < Heads; ++h) store(scores + h * kPitch, found[h]);
+}
+
+// The same of a run's keys; scores are those of its span.
 template <int Heads, Codes Kind, int Dim, int Groups>
 inline void add_code_scores(const Side& side, int kv_head, int head_dim, const Run& run, const IntegerQuery* queries,
                             float* scores, Ahead& next) {
-  const int dim = Dim ? Dim : head_dim, groups = Groups ? Groups : groups_of(side), width = meta_words(side);
-  const int pitch = Kind == kCodes4 ? dim / 2 : dim, bytes = pitch / groups;
-  const uint8_t* rows = codes_at<uint8_t>(side, dim, run.spot);
+  const int pitch = code_bytes(side, Dim ? Dim : head_dim), width = meta_words(side), count = run.end - run.begin;
+  const uint8_t* rows = codes_at<uint8_t>(side, head_dim, run.spot);
   const uint16_t* words = meta_at(side, run.spot);
   scores += run.begin;
-  for (int t = 0; t < run.end - run.begin; t += 8, rows += 8 * pitch, words += 8 * width) {
-    next.ask();
-    F8 found[Heads];
-    for (int h = 0; h < Heads; ++h) found[h] = load<F8>(scores + h * kPitch + t);
-#pragma GCC unroll 4
-    for (int g = 0; g < groups; ++g) {
-      I8 totals[Heads] = {};
-      if constexpr (kSplitQueries && Kind == kUnsigned8)
-        for (int h = 0; h < Heads; ++h) totals[h] = all(queries[h].start[g]);
-#pragma GCC unroll 4
-      for (int b = 0; b < bytes; b += 16) {
-        const int at = g * bytes + b;
-        if constexpr (Kind == kCodes4) add_dots4(rows + at, pitch, queries, 2 * at, totals);
-        else add_dots8<Heads, Kind == kSigned8>(rows + at, pitch, queries, at, totals);
-      }
-      const Step8 step = Groups == 2 ? split_words(words_of(words, 2, g)) : read_steps(side, kv_head, words, g);
-      for (int h = 0; h < Heads; ++h) {
-        found[h] += step.scale * (to_float(totals[h]) * all(queries[h].step[g]));
-        found[h] -= step.shift * all(queries[h].sum[g]);
-      }
+  int t = 0;
+  const auto add = [&](auto lanes) {
+    typedef decltype(lanes) F;
+    for (; t + kLanesOf<F> <= count; t += kLanesOf<F>) {
+      for (int i = 0; i < kLanesOf<F>; i += 8) next.ask();
+      add_lane_scores<F, Heads, Kind, Dim, Groups>(side, kv_head, head_dim, rows + t * pitch, words + t * width,
+                                                   queries, scores + t);
     }
-    for (int h = 0; h < Heads; ++h) store(scores + h * kPitch + t, found[h]);
-  }
+  };
+  if constexpr (Groups == 2) add(FWide());
+  add(F8());
 }
 
 struct Halves {

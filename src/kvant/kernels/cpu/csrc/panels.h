@@ -13,7 +13,11 @@ namespace kvant::KVANT_ISA {
 
 constexpr int kTileTokens = 6;
 constexpr int kPanelTokens = 2 * kTileTokens + 1;  // up to two tiles of tokens, a tile unpacks for itself
-constexpr int kPanelBlocks = 2;                    // whose sums and dots stay in registers
+#if defined(__AVX512VNNI__)
+constexpr int kPanelHeight = 8, kPanelBlocks = 4;  // 16 registers of dots
+#else
+constexpr int kPanelHeight = 6, kPanelBlocks = 2;  // whose sums and dots stay in registers
+#endif
 constexpr int kPanelColumns = 1024;                // of 4 bits, so that a panel stays in the nearest cache; half of 8
 constexpr int kUnits = Dot::kUnits;
 constexpr float kScaleTop = 32767, kScaleUnit = 32768;
@@ -67,6 +71,8 @@ class Columns {
   F8 weights_[kPlaces][NB];
 };
 
+constexpr int kGuessedBlocks = 4;  // whose products cost less than a wrong guess whether there is an outlier
+
 // What the inputs' outliers make of the products of `tokens` tokens from `first` on. Most tokens have theirs in one of
 // a few columns.
 template <int M, int NB>
@@ -75,8 +81,8 @@ inline void add_outliers(const Weight& w, const Input& in, int first, int tokens
   if (!in.outliers) return;
   for (int m = 0; m < tokens; ++m) {
     const auto [value, column] = in.outliers[first + m];
-    if (column < 0) continue;
-    const F8* weights = columns.get(w, blocks, column, in.padded);
+    if (NB < kGuessedBlocks && column < 0) continue;
+    const F8* weights = columns.get(w, blocks, std::max(column, 0), in.padded);
     for (int b = 0; b < NB; ++b) y[m][b] += weights[b] * all(value);
   }
 }
@@ -110,11 +116,11 @@ struct Cut {
   int numbers() const { return steps() + 2; }
 };
 
-// Tiles of as equal a height as there is: 13 tokens are 5 + 5 + 3, not 6 + 6 + 1. It is 5 or 6.
+// Tiles of as equal a height as there is: 13 tokens are 5 + 5 + 3, not 6 + 6 + 1. It is the highest, or one less.
 int panel_height(int64_t tokens) {
   if (tokens < kPanelTokens) return 0;
-  const int64_t tiles = (tokens + kTileTokens - 1) / kTileTokens;
-  return static_cast<int>((tokens + tiles - 1) / tiles);
+  const int64_t tiles = (tokens + kPanelHeight - 1) / kPanelHeight;
+  return std::max(kPanelHeight - 1, static_cast<int>((tokens + tiles - 1) / tiles));
 }
 
 // Of up to eight tokens from the row's on, which are lanes: a unit's scales, and the sums of its codes. Lanes behind a
@@ -205,16 +211,17 @@ void panel_rows(const Weight& w, const Input& in, int first, int last) {
 }
 
 void panel_tile_rows(const Weight& w, const Input& in, int first, int last) {
-  in.panels.height == 5 ? panel_rows<5>(w, in, first, last) : panel_rows<6>(w, in, first, last);
+  in.panels.height == kPanelHeight ? panel_rows<kPanelHeight>(w, in, first, last)
+                                   : panel_rows<kPanelHeight - 1>(w, in, first, last);
 }
 
 // Row blocks' codes and scales: codes [plane][round][step of 4 columns][NB][32], scales [round][NB][16]. An 8-bit code
 // less 128 is 16 times what the first plane has above 8, and what the second has.
 template <int NB>
 struct Panel {
-  alignas(32) uint8_t codes[kPanelColumns / 4 * NB * 32];
-  alignas(32) int16_t scales[kPanelColumns / 16 / kUnits * NB * 16];
-  F8 tops[NB];
+  alignas(64) uint8_t codes[kPanelColumns / 4 * NB * 32];
+  alignas(64) int16_t scales[kPanelColumns / 16 / kUnits * NB * 16];
+  alignas(64) F8 tops[NB];
 };
 
 // One round's codes of a block; the second unit's lie apart. Steps lie `stride` bytes apart, planes `plane`.
@@ -284,7 +291,7 @@ inline void unpack_panel(const Weight& w, const Cut& cut, int padded, Blocks blo
 }
 
 // Dots of `rounds` rounds, summed with their scales.
-template <int M, int NB, int Steps>
+template <int Steps, int M, int NB>
 inline void panel_sums(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, I8 (&sums)[M][NB]) {
   for (int r = 0; r < rounds; ++r) {
     Dot dots[M][NB];
@@ -307,6 +314,55 @@ KVANT_UNROLL
   }
 }
 
+// The same as floats, y: `tops` and `steps` are what scales stand for. Added to y, where that is not `First`.
+template <bool First, int Steps, int M, int NB>
+inline void panel_floats(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, const F8* tops,
+                         const float* steps, float factor, F8 (&y)[M][NB]) {
+  I8 sums[M][NB] = {};
+  panel_sums<Steps>(codes, scales, x, rounds, sums);
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < NB; ++b) {
+      const F8 product = to_float(sums[m][b]) * (tops[b] * all(factor * steps[m]));
+      y[m][b] = First ? product : y[m][b] + product;
+    }
+}
+
+#if defined(__AVX512VNNI__)
+// The same of four row blocks, two to a register.
+template <bool First, int Steps, int M>
+inline void panel_floats(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, const F8* tops,
+                         const float* steps, float factor, F8 (&y)[M][4]) {
+  __m512i sums[M][2] = {};
+  for (int r = 0; r < rounds; ++r, scales += 64) {
+    __m512i dots[M][2];
+    for (int m = 0; m < M; ++m) dots[m][0] = dots[m][1] = _mm512_set1_epi32(x[m]);
+    x += M;
+    KVANT_UNROLL
+    for (int s = 0; s < Steps; ++s, codes += 128, x += M) {
+      const __m512i c[2] = {load<__m512i>(codes), load<__m512i>(codes + 64)};
+      for (int m = 0; m < M; ++m) {
+        const __m512i four = _mm512_set1_epi32(x[m]);
+        for (int b = 0; b < 2; ++b) dots[m][b] = _mm512_dpbusd_epi32(dots[m][b], c[b], four);
+      }
+    }
+    const __m512i scale[2] = {load<__m512i>(scales), load<__m512i>(scales + 32)};
+    for (int m = 0; m < M; ++m) {
+      const __m512i other = _mm512_set1_epi32(x[m]);
+      for (int b = 0; b < 2; ++b)
+        sums[m][b] = _mm512_dpwssd_epi32(sums[m][b], dots[m][b], _mm512_mulhrs_epi16(scale[b], other));
+    }
+    x += M;
+  }
+  for (int b = 0; b < 2; ++b) {
+    const __m512 top = load<__m512>(tops + 2 * b) * _mm512_set1_ps(factor);
+    for (int m = 0; m < M; ++m) {
+      const __m512 product = _mm512_cvtepi32_ps(sums[m][b]) * (top * _mm512_set1_ps(steps[m]));
+      store(&y[m][2 * b], First ? product : load<__m512>(&y[m][2 * b]) + product);
+    }
+  }
+}
+#endif
+
 // What biases or zero points add, of units [begin, end): a centred code of 0 is a code of 8 or 128.
 template <int M, int NB>
 void add_biases(const Weight& w, const Cut& cut, int padded, Blocks blocks, const QuantizedRow& row, int tokens,
@@ -322,6 +378,22 @@ void add_biases(const Weight& w, const Cut& cut, int padded, Blocks blocks, cons
     }
 }
 
+// A row block's sums with some tokens, `stride` apart: put into out [tokens, rows], with the bias, if they are the
+// `first`, or added to it.
+inline void store_block(const Linear& linear, int row, const F8* sums, int stride, int tokens, bool first, float* out) {
+  const int64_t rows = linear.weight.rows;
+  const int left = std::min(kRowBlock, linear.weight.rows - row);
+  out += row;
+  if (first && !linear.bias && left == kRowBlock) {
+    for (int m = 0; m < tokens; ++m) store(out + m * rows, sums[m * stride]);
+    return;
+  }
+  for (int m = 0; m < tokens; ++m, out += rows) {
+    const float* base = !first ? out : linear.bias ? linear.bias + row : nullptr;
+    store_some(out, base ? sums[m * stride] + load_some(base, left) : sums[m * stride], left);
+  }
+}
+
 // A tile of tokens times a panel of the rounds [begin, end), added to `out` unless they are the first. The last tile
 // may have room for more tokens than there are: what that holds is multiplied as well, and dropped.
 template <int M, int NB, int Steps>
@@ -331,25 +403,17 @@ void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Pan
   const int64_t tile = first / M;
   const int32_t* x = in.panels.tiles + (tile * cut.rounds + begin) * (Steps + 2) * M;
   const float* steps = in.panels.steps + (tile * cut.parts() + begin / cut.part) * M;
-  F8 y[M][NB] = {};
-  for (int plane = 0; plane < cut.planes; ++plane) {
-    I8 sums[M][NB] = {};
-    const uint8_t* codes = panel.codes + int64_t{plane} * (end - begin) * Steps * NB * 32;
-    panel_sums<M, NB, Steps>(codes, panel.scales, x, end - begin, sums);
-    for (int m = 0; m < M; ++m)
-      for (int b = 0; b < NB; ++b)
-        y[m][b] += to_float(sums[m][b]) * (panel.tops[b] * all(plane + 1 < cut.planes ? 16 * steps[m] : steps[m]));
-  }
+  alignas(64) F8 y[M][NB];
+  const float first_factor = cut.planes == 1 ? 1 : 16;
+  panel_floats<true, Steps>(panel.codes, panel.scales, x, end - begin, panel.tops, steps, first_factor, y);
+  if (cut.planes == 2)
+    panel_floats<false, Steps>(panel.codes + int64_t{end - begin} * Steps * NB * 32, panel.scales, x, end - begin,
+                               panel.tops, steps, 1, y);
   if (w.biases || w.zeros)
     add_biases(w, cut, in.padded, blocks, in.row(first), last - first, begin * kUnits, end * kUnits, y);
   if (!begin) add_outliers(w, in, first, last - first, blocks, columns, y);
-  for (int m = 0; m < last - first; ++m)
-    for (int b = 0; b < NB; ++b) {
-      const int row = blocks[b] * kRowBlock, left = std::min(kRowBlock, w.rows - row);
-      float* to = out + int64_t{first + m} * w.rows + row;
-      const float* base = begin ? to : linear.bias ? linear.bias + row : nullptr;
-      store_some(to, base ? y[m][b] + load_some(base, left) : y[m][b], left);
-    }
+  for (int b = 0; b < NB; ++b)
+    store_block(linear, blocks[b] * kRowBlock, y[0] + b, NB, last - first, !begin, out + int64_t{first} * w.rows);
 }
 
 template <int NB>
@@ -359,8 +423,9 @@ using PanelTile = void (*)(const Linear&, const Input&, const Cut&, const Panel<
 template <int NB>
 PanelTile<NB> panel_tile_of(int unit, int height) {
   constexpr int kSteps = kUnits * kGroup / 4;
-  if (unit == kGroup) return height == 5 ? panel_tile<5, NB, kSteps> : panel_tile<6, NB, kSteps>;
-  return height == 5 ? panel_tile<5, NB, kSteps / 2> : panel_tile<6, NB, kSteps / 2>;
+  constexpr int kHeight = kPanelHeight;
+  if (unit == kGroup) return height == kHeight ? panel_tile<kHeight, NB, kSteps> : panel_tile<kHeight - 1, NB, kSteps>;
+  return height == kHeight ? panel_tile<kHeight, NB, kSteps / 2> : panel_tile<kHeight - 1, NB, kSteps / 2>;
 }
 
 // The tokens [first, last), whole tiles but for the last of all, times NB row blocks.

@@ -7,8 +7,12 @@
 
 namespace kvant::KVANT_ISA {
 
+#if defined(__AVX512VNNI__)
+constexpr int kRowTile = 12;  // sixteen lanes are one register
+#else
 constexpr int kRowTile = 6;
-constexpr int kPanelLanes = 16;  // tokens or dims whose dots stay in registers: two vectors
+#endif
+constexpr int kPanelLanes = 16;  // tokens or dims whose dots stay in registers
 constexpr int kStepsAtOnce = 8;  // of four codes each, that `Dot` adds up
 constexpr int kTileSteps = kTile / 4;
 constexpr int kCodeWidth = 4 * kStepsAtOnce;  // tokens that a tile's weights come in
@@ -21,8 +25,8 @@ inline bool attends_by_codes(const Place& at) {
 
 // A tile's codes and words of one side, put together; those of tokens outside of it are zero.
 struct Gathered {
-  alignas(32) uint8_t codes[kTile * kMaxHeadDim / 2];
-  alignas(32) uint16_t words[kTile * kMaxGroups];
+  alignas(kAlign) uint8_t codes[kTile * kMaxHeadDim / 2];
+  alignas(kAlign) uint16_t words[kTile * kMaxGroups];
 
   Gathered(const Place& at, const Side& side, const TileRows& it) {
     const int pitch = code_bytes(side, at.dim), width = meta_words(side);
@@ -88,8 +92,8 @@ inline void spread_values(const uint8_t* rows, int dim, uint8_t* out) {
 
 // A tile of the context: bytes, what they mean, and what the keys' centre is to them.
 struct CodeTile {
-  alignas(32) uint8_t keys[kTile * kMaxHeadDim], values[kTile * kMaxHeadDim];
-  alignas(32) float terms[kMaxOrder][kMaxHeadDim] = {};
+  alignas(kAlign) uint8_t keys[kTile * kMaxHeadDim], values[kTile * kMaxHeadDim];
+  alignas(kAlign) float terms[kMaxOrder][kMaxHeadDim] = {};
   Steps key_steps, value_steps;
 
   CodeTile(const Place& at, const TileRows& it)
@@ -108,8 +112,25 @@ struct CodeTile {
   }
 };
 
-// Calls use(m, b, dots) for six rows' numbers, [step][4] and `Pitch` apart, and 16 lanes' codes, [step][2][32]: eight
-// lanes at a time. Codes are unsigned, or else the rows' numbers are.
+// Calls use(m, lane, dots) for a tile's rows' numbers, [step][4] and `Pitch` apart, and 16 lanes' codes, [step][2][32],
+// for as many lanes at a time as a register has. Codes are unsigned, or else the rows' numbers are.
+#if defined(__AVX512VNNI__)
+template <int Steps, int Pitch, bool Unsigned, class Use>
+inline void code_dots(const uint8_t* codes, const int8_t* x, Use use) {
+  __m512i dots[kRowTile] = {};
+  for (int first = 0; first < Steps; first += kStepsAtOnce) {
+    KVANT_UNROLL
+    for (int s = 0; s < kStepsAtOnce; ++s, codes += 64, x += 4) {
+      const __m512i c = load<__m512i>(codes);
+      for (int m = 0; m < kRowTile; ++m) {
+        const __m512i a = _mm512_set1_epi32(load<int32_t>(x + m * Pitch));
+        dots[m] = Unsigned ? _mm512_dpbusd_epi32(dots[m], c, a) : _mm512_dpbusd_epi32(dots[m], a, c);
+      }
+    }
+  }
+  for (int m = 0; m < kRowTile; ++m) use(m, 0, (I16)dots[m]);
+}
+#else
 template <int Steps, int Pitch, bool Unsigned, class Use>
 inline void code_dots(const uint8_t* codes, const int8_t* x, Use use) {
   static_assert(Steps * 2 * (Unsigned ? 15 : 8) * 127 <= 32767, "sums fit 16 bits");
@@ -125,8 +146,9 @@ inline void code_dots(const uint8_t* codes, const int8_t* x, Use use) {
     }
   }
   for (int m = 0; m < kRowTile; ++m)
-    for (int b = 0; b < 2; ++b) use(m, b, dots[m][b].total());
+    for (int b = 0; b < 2; ++b) use(m, 8 * b, dots[m][b].total());
 }
+#endif
 
 // The query rows as integers, and what of their sums is not in floats yet. While a CodeRows is at work, a row's sums
 // are in the order of `spread_values`: of 16 dims the even ones, then the odd ones.
@@ -174,12 +196,12 @@ class CodeRows {
   }
 
  private:
-  alignas(32) int8_t queries_[kTileRows][kMaxHeadDim] = {};
+  alignas(kAlign) int8_t queries_[kTileRows][kMaxHeadDim] = {};
   float step_[kTileRows][kMaxGroups] = {}, sum_[kTileRows][kMaxGroups] = {};
   F8 shifts_[kTileRows][kMaxGroups] = {};  // what the weights made of the values' shifts
-  // Of the six rows at hand. Behind a tile's last row they are anything, and so become sums that nobody uses.
-  alignas(32) float scores_[kRowTile][kTile] = {};
-  alignas(32) int8_t weights_[kMaxGroups][kRowTile][kTile] = {};
+  // Of the rows at hand. Behind a tile's last row they are anything, and so become sums that nobody uses.
+  alignas(kAlign) float scores_[kRowTile][kTile] = {};
+  alignas(kAlign) int8_t weights_[kMaxGroups][kRowTile][kTile] = {};
   float units_[kRowTile] = {};
   bool seen_[kRowTile] = {};
 
@@ -193,7 +215,7 @@ class CodeRows {
     }
   }
 
-  // Rows [first, last), at most six, and the tile's first `width` tokens.
+  // Rows [first, last), at most kRowTile, and the tile's first `width` tokens.
   void attend_rows(const Place& at, const TileRows& it, const CodeTile& tile, Rows& rows, int first, int last,
                    int width) {
     start_scores(at, tile, rows, first, last);
@@ -207,7 +229,7 @@ class CodeRows {
 
   // What the keys' centre and their shifts make of the scores of rows [first, last).
   void start_scores(const Place& at, const CodeTile& tile, const Rows& rows, int first, int last) {
-    alignas(32) float weights[kRowTile][kMaxOrder];
+    alignas(kAlign) float weights[kRowTile][kMaxOrder];
     const int order = at.layer.key.centre ? at.layer.key.order : 0;
     for (int row = first; order && row < last; ++row)
       centre_weights(at, tile, rows.inner + row * at.dim, weights[row - first]);
@@ -228,10 +250,10 @@ class CodeRows {
 
   template <int Order, int Groups>
   static void start_row(const Place& at, const CodeTile& tile, const float* weights, const float* sum, float* out) {
-    for (int t = 0; t < kTile; t += 8) {
-      F8 score = all(0.0f);
-      for (int j = 0; j < Order; ++j) score += all(weights[j]) * load<F8>(at.layer.basis + j * kTile + t);
-      for (int g = 0; g < Groups; ++g) score -= all(sum[g]) * load<F8>(tile.key_steps.shift[g] + t);
+    for (int t = 0; t < kTile; t += kLanesOf<FWide>) {
+      FWide score = all<FWide>(0.0f);
+      for (int j = 0; j < Order; ++j) score += all<FWide>(weights[j]) * load<FWide>(at.layer.basis + j * kTile + t);
+      for (int g = 0; g < Groups; ++g) score -= all<FWide>(sum[g]) * load<FWide>(tile.key_steps.shift[g] + t);
       store(out + t, score);
     }
   }
@@ -242,10 +264,11 @@ class CodeRows {
     for (int t = 0; t < width; t += kPanelLanes)
       for (int s = 0; s < steps; s += kStepsAtOnce, codes += kStepsAtOnce * 64) {
         const int g = s * groups / steps;
-        const F8 scale[2] = {load<F8>(tile.key_steps.scale[g] + t), load<F8>(tile.key_steps.scale[g] + t + 8)};
-        code_dots<kStepsAtOnce, kMaxHeadDim, true>(codes, queries_[first] + 4 * s, [&](int m, int b, I8 dots) {
-          float* score = scores_[m] + t + 8 * b;
-          store(score, load<F8>(score) + scale[b] * (to_float(dots) * all(step_[first + m][g])));
+        const float* scales = tile.key_steps.scale[g] + t;
+        code_dots<kStepsAtOnce, kMaxHeadDim, true>(codes, queries_[first] + 4 * s, [&](int m, int lane, IWide dots) {
+          float* score = scores_[m] + t + lane;
+          const FWide product = to_float(dots) * all<FWide>(step_[first + m][g]);
+          store(score, load<FWide>(score) + load<FWide>(scales + lane) * product);
         });
       }
   }
@@ -266,7 +289,7 @@ class CodeRows {
   // Turns scores into rounded weights.
   template <int Groups, class Count>
   void weigh(const CodeTile& tile, Rows& rows, int first, int last, Count width) {
-    alignas(32) float scaled[kRowTile][Groups][kTile];
+    alignas(kAlign) float scaled[kRowTile][Groups][kTile];
     for (int row = first, m = 0; row < last; ++row, ++m) {
       float top = 0;
       if (seen_[m])
@@ -280,14 +303,15 @@ class CodeRows {
   template <class Count>
   void round_weights(const float* scaled, Count width, int m, int8_t* out) const {
     if (!seen_[m]) return std::fill(out, out + width, int8_t{0});
-    const F8 inverse = all(units_[m] > 0 ? 1.0f / units_[m] : 0.0f);
+    const FWide inverse = all<FWide>(units_[m] > 0 ? 1.0f / units_[m] : 0.0f);
     for (int t = 0; t < width; t += 32) {
-      I8 rounded[4];
-      for (int i = 0; i < 4; ++i) {
-        const int slot = t + 8 * i;
-        rounded[i] = to_int(dithered(load<F8>(scaled + slot), inverse, slot));
+      constexpr int kLanes = kLanesOf<FWide>;
+      IWide rounded[32 / kLanes];
+      for (int i = 0; i < 32 / kLanes; ++i) {
+        const int slot = t + kLanes * i;
+        rounded[i] = to_int(dithered(load<FWide>(scaled + slot), inverse, slot));
       }
-      store(out + t, signed_bytes_of(rounded));
+      store_bytes(out + t, rounded);
     }
   }
 
@@ -295,7 +319,7 @@ class CodeRows {
     const int size = at.dim / groups_of(at.layer.value);
     const uint8_t* codes = tile.values;
     for (int d = 0; d < at.dim; d += kPanelLanes, codes += kTileSteps * 64) {
-      const auto add = [&](int m, int b, I8 dots) { add_scaled(dots, units_[m], sums + m * at.dim + d + 8 * b); };
+      const auto add = [&](int m, int lane, IWide dots) { add_scaled(dots, units_[m], sums + m * at.dim + d + lane); };
       const int8_t* weights = weights_[d / size][0];
       width == kTile ? code_dots<kTileSteps, kTile, false>(codes, weights, add)
                      : code_dots<kTileSteps / 2, kTile, false>(codes, weights, add);

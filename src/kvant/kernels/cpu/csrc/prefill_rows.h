@@ -11,7 +11,7 @@ constexpr float kSlack = 8;  // weights may be up to 2^8: so few rows of sums ar
 struct Rows {
   int count = 0, shared;
   int64_t position;
-  alignas(32) float inner[kTileRows * kMaxHeadDim], sums[kTileRows * kMaxHeadDim];
+  alignas(kAlign) float inner[kTileRows * kMaxHeadDim], sums[kTileRows * kMaxHeadDim];
   Softmax softmax[kTileRows];
 
   Rows(const Place& at, const AttentionWork& work, int first, int last)

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "lanes.h"
+#include "wide.h"
 
 namespace kvant::KVANT_ISA {
 
@@ -11,10 +11,6 @@ inline F8 within(F8 x, F8 low, F8 high) { return smaller(larger(x, low), high); 
 inline I8 magnitude_bits(F8 x) { return as<I8>(x) & all(0x7fffffff); }  // in the order of magnitudes, NaN above all
 inline F8 magnitude(F8 x) { return as<F8>(magnitude_bits(x)); }
 
-constexpr float kWhole = 12582912.0f;  // what is added to it is rounded to integers, which its lowest bits then are
-
-// To the nearest integer, ties to even, |x| < 2^22.
-inline F8 nearest(F8 x) { return x + all(kWhole) - all(kWhole); }
 #if defined(__AVX2__)
 inline I8 to_int(F8 x) { return (I8)_mm256_cvtps_epi32((__m256)x); }
 #elif defined(__ARM_NEON)
@@ -210,16 +206,18 @@ inline F8 exponential(F8 x) {
 
 // 2^x to 2 units in the last place, for x of at most 126; below -125 it stays at 2^-125, since subnormal steps are
 // slow.
-inline F8 power_of_two(F8 x) {
-  const F8 held = larger(x, all(-125.0f)), shifted = held + all(kWhole);
-  const F8 r = held - (shifted - all(kWhole));
-  F8 p = all(1.3276472e-3f);
-  p = p * r + all(9.6755410e-3f);
-  p = p * r + all(5.5507131e-2f);
-  p = p * r + all(2.4022120e-1f);
-  p = p * r + all(6.9314694e-1f);
-  p = p * r + all(1.0000001f);
-  return as<F8>(as<I8>(p) + (as<I8>(shifted) << 23));
+template <class F>
+inline F power_of_two(F x) {
+  typedef decltype(x < x) I;
+  const F held = larger(x, all<F>(-125.0f)), shifted = held + all<F>(kWhole);
+  const F r = held - (shifted - all<F>(kWhole));
+  F p = all<F>(1.3276472e-3f);
+  p = p * r + all<F>(9.6755410e-3f);
+  p = p * r + all<F>(5.5507131e-2f);
+  p = p * r + all<F>(2.4022120e-1f);
+  p = p * r + all<F>(6.9314694e-1f);
+  p = p * r + all<F>(1.0000001f);
+  return as<F>(as<I>(p) + (as<I>(shifted) << 23));
 }
 
 inline float power_of_two(float x) { return power_of_two(all(x))[0]; }
@@ -297,6 +295,8 @@ inline B32 signed_bytes_of(const I8 (&x)[4]) {
   return out;
 #endif
 }
+
+inline void store_bytes(int8_t* p, const I8 (&x)[4]) { store(p, signed_bytes_of(x)); }
 
 // The sums of the first and the last 16 of 32 signed bytes.
 inline void half_sums(B32 x, int32_t (&out)[2]) {

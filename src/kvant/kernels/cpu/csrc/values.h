@@ -128,7 +128,11 @@ inline I8 add_weighted(I8 sum, S16 pair, S16 weights) {
 #endif
 }
 
-inline void add_scaled(I8 x, float unit, float* sum) { store(sum, load<F8>(sum) + to_float(x) * all(unit)); }
+template <class I>
+inline void add_scaled(I x, float unit, float* sum) {
+  const auto scaled = to_float(x);
+  store(sum, load<decltype(to_float(x))>(sum) + scaled * all<decltype(to_float(x))>(unit));
+}
 
 using Weights = int16_t[kMaxGroups][kTile];  // narrow ones: two tokens' bytes, twice
 
@@ -138,9 +142,9 @@ inline bool has_narrow_weights(const Side& side, int dim) { return is_4bit(side.
 // What is added to weights before they are rounded to nearest, -1/2 to 1/2: each of 64 slots has its own, in an order
 // that spreads any few. So small weights are not all lost beside a large one, but some of them count as 1.
 struct Dither {
-  alignas(32) float of[kTile];
+  alignas(kAlign) float of[kTile + 8];  // the first eight again at the end, for sixteen to be read from any eighth on
   constexpr Dither() : of() {
-    for (int t = 0; t < kTile; ++t) {
+    for (int t = 0; t < kTile + 8; ++t) {
       int reversed = 0;
       for (int bit = 1, back = kTile / 2; back; bit *= 2, back /= 2) reversed += t & bit ? back : 0;
       of[t] = (static_cast<float>(reversed) + 0.5f) / kTile - 0.5f;
@@ -149,15 +153,24 @@ struct Dither {
 };
 constexpr Dither kDither;
 
-// Eight weights, of at most kTopNarrow once they are divided by their unit, not rounded yet.
-inline F8 dithered(F8 weights, F8 inverse, int slot) {
-  return weights * inverse + load<F8>(kDither.of + slot % kTile);
+// Weights, of at most kTopNarrow once they are divided by their unit, not rounded yet.
+template <class F>
+inline F dithered(F weights, F inverse, int slot) {
+  return weights * inverse + load<F>(kDither.of + slot % kTile);
 }
 
-// The same, rounded: two tokens' bytes, twice. Returns what rounding has added to the weights, in units.
-inline F8 store_narrow(int16_t* p, F8 weights, F8 inverse, int slot) {
-  const F8 steps = dithered(weights, inverse, slot);
-#if defined(__AVX2__)
+// The same of token `t` and those that follow, rounded: two tokens' bytes, twice, or with AVX-512 a byte each. Returns
+// what rounding has added to the weights, in units.
+template <class F>
+inline F store_narrow(int16_t* out, int t, F weights, F inverse, int slot) {
+  const F steps = dithered(weights, inverse, slot);
+  [[maybe_unused]] int16_t* p = out + t;
+#if defined(__AVX512VNNI__)
+  int8_t* bytes = reinterpret_cast<int8_t*>(out) + t;
+  const F whole = steps + all<F>(kWhole);  // the lowest byte of each
+  if constexpr (sizeof(F) == 64) store(bytes, _mm512_cvtepi32_epi8((__m512i)whole));
+  else _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm256_cvtepi32_epi8((__m256i)whole));
+#elif defined(__AVX2__)
   const __m256i places = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 0, 4, 8, 12, 8, 12, 0, 4, 0, 4, 8, 12, 8, 12));
   const __m256i bytes = _mm256_shuffle_epi8((__m256i)(steps + all(kWhole)), places);  // the lowest of each number
   store(p, _mm_unpacklo_epi64(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
@@ -240,6 +253,36 @@ inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* 
     for (int i = 0; i < kColumns; ++i) add_scaled(acc[h][i], units[h], sums + h * kMaxHeadDim + 8 * i);
 }
 
+#if defined(__AVX512VNNI__)
+// The same for 4-bit codes and narrow weights: four tokens' bytes of a dim meet in a lane.
+template <int Heads, class Count>
+inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, int64_t pitch,
+                       const float* units, float* sums, Ahead& next) {
+  // Lanes in the order that `unpaired` expects once the upper halves of both sums lie behind the lower ones.
+  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
+  const __m512i places = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16);
+  __m512i acc[Heads][2] = {};
+  for (int t = 0; t < tokens; t += 4, rows += 4 * bytes) {
+    if (t % 8 == 0) next.ask();
+    const __m512i x = _mm512_permutexvar_epi32(lanes, four_rows(rows, bytes));
+    const __m512i codes = _mm512_shuffle_epi8(x, places);
+    for (int h = 0; h < Heads; ++h) {
+      const int8_t* weight = reinterpret_cast<const int8_t*>(weights + h * pitch) + t;
+      const __m512i four = _mm512_set1_epi32(load<int32_t>(weight));
+      acc[h][0] = _mm512_dpbusd_epi32(acc[h][0], codes & low, four);
+      acc[h][1] = _mm512_dpbusd_epi32(acc[h][1], codes & high, four);
+    }
+  }
+  for (int h = 0; h < Heads; ++h) {
+    const F16 even = to_float((I16)acc[h][0]) * all<F16>(units[h]);
+    const F16 odd = to_float((I16)acc[h][1]) * all<F16>(units[h] / 16);  // of high halves, which were not moved
+    float* to = sums + h * kMaxHeadDim;
+    store(to, load<F16>(to) + of_halves(half_of<0>(even), half_of<0>(odd)));
+    store(to + 16, load<F16>(to + 16) + of_halves(half_of<1>(even), half_of<1>(odd)));
+  }
+}
+#else
 // The same for 4-bit codes and narrow weights.
 template <int Heads, class Count>
 inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, int64_t pitch,
@@ -260,6 +303,8 @@ inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16
       for (int i = 0; i < 2; ++i) add_wide(acc[h][i], i, units[h], sums + h * kMaxHeadDim);
   }
 }
+
+#endif
 
 // The same for one head and 4-bit codes in groups of 16 dims.
 inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* first, const int16_t* second,

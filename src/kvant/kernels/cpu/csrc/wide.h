@@ -1,0 +1,69 @@
+// Vectors of sixteen lanes for the loops that take most of the time. Where registers hold eight, FWide is F8.
+#pragma once
+
+#include "lanes.h"
+
+namespace kvant::KVANT_ISA {
+
+#if defined(__AVX512VNNI__)
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef F16 FWide;
+typedef I16 IWide;
+#else
+typedef F8 FWide;
+typedef I8 IWide;
+#endif
+constexpr int kAlign = sizeof(FWide);  // of what is read and written by them again and again
+template <class F>
+constexpr int kLanesOf = sizeof(F) / sizeof(float);
+
+// A number in all lanes of either width.
+template <class V, class X>
+inline V all(X x) {
+  if constexpr (sizeof(V) == sizeof(F8)) return all(x);
+  else return V{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+}
+
+constexpr float kWhole = 12582912.0f;  // what is added to it is rounded to integers, which its lowest bits then are
+
+// To the nearest integer, ties to even, |x| < 2^22.
+template <class F>
+inline F nearest(F x) {
+  return x + all<F>(kWhole) - all<F>(kWhole);
+}
+
+#if defined(__AVX512VNNI__)
+inline F16 to_float(I16 x) { return (F16)_mm512_cvtepi32_ps((__m512i)x); }
+inline I16 to_int(F16 x) { return (I16)_mm512_cvtps_epi32((__m512)x); }
+inline F16 larger(F16 a, F16 b) { return (F16)_mm512_max_ps((__m512)a, (__m512)b); }
+
+template <int Half>
+inline F8 half_of(F16 x) {
+  return (F8)_mm512_extractf32x8_ps((__m512)x, Half);
+}
+inline F16 of_halves(F8 low, F8 high) {
+  return (F16)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
+}
+
+// Rounded values, each within int8, as 32 bytes.
+inline void store_bytes(int8_t* p, const I16 (&x)[2]) {
+  for (int i = 0; i < 2; ++i) store(p + 16 * i, _mm512_cvtepi32_epi8((__m512i)x[i]));
+}
+
+// Four rows of 16 bytes, `pitch` bytes apart, side by side.
+inline __m512i four_rows(const uint8_t* rows, int64_t pitch) {
+  const __m512i first = _mm512_castsi128_si512(load<__m128i>(rows));
+  const __m512i two = _mm512_inserti32x4(first, load<__m128i>(rows + pitch), 1);
+  const __m512i three = _mm512_inserti32x4(two, load<__m128i>(rows + 2 * pitch), 2);
+  return _mm512_inserti32x4(three, load<__m128i>(rows + 3 * pitch), 3);
+}
+
+// To eight lanes, by sums or by maxima.
+inline F8 folded_sum(F16 x) { return half_of<0>(x) + half_of<1>(x); }
+inline F8 folded_top(F16 x) { return larger(half_of<0>(x), half_of<1>(x)); }
+#endif
+inline F8 folded_sum(F8 x) { return x; }
+inline F8 folded_top(F8 x) { return x; }
+
+}  // namespace kvant::KVANT_ISA
