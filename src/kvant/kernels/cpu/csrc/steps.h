@@ -47,8 +47,8 @@ inline Step8 read_steps(const Side& side, int kv_head, const uint16_t* words, in
 // The same of two words a vector, a group each, for as many vectors as there are lanes.
 template <class F>
 inline StepOf<F> read_pair(const uint16_t* words, int group) {
-  typedef decltype(F{} < F{}) I;
-  return split_words<F>((load<I>(words) >> 16 * group) & 0xffff);
+  const auto both = load<UnsignedOf<F>>(words);
+  return split_words<F>(group ? both >> 16 : both & 0xffff);
 }
 
 // Steps of `count` vectors whose words are given; 0 for those outside of [from, to), whose words may be anything.

@@ -1,6 +1,8 @@
 // Vectors of sixteen lanes for the loops that take most of the time. Where registers hold eight, FWide is F8.
 #pragma once
 
+#include <type_traits>
+
 #include "lanes.h"
 
 namespace kvant::KVANT_ISA {
@@ -8,15 +10,19 @@ namespace kvant::KVANT_ISA {
 #if defined(__AVX512VNNI__)
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
+typedef uint32_t UWide __attribute__((vector_size(64)));
 typedef F16 FWide;
 typedef I16 IWide;
 #else
 typedef F8 FWide;
 typedef I8 IWide;
+typedef U8 UWide;
 #endif
 constexpr int kAlign = sizeof(FWide);  // of what is read and written by them again and again
 template <class F>
 constexpr int kLanesOf = sizeof(F) / sizeof(float);
+template <class F>
+using UnsignedOf = std::conditional_t<sizeof(F) == sizeof(F8), U8, UWide>;
 
 // A number in all lanes of either width.
 template <class V, class X>
