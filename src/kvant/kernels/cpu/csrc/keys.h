@@ -1,4 +1,4 @@
-// Scores of cached keys: eight tokens at a time in the lanes of vectors, for up to eight query heads at once.
+// Scores of cached keys: eight or sixteen tokens, the lanes of vectors, with up to eight query heads at once.
 #pragma once
 
 #include "steps.h"
@@ -189,7 +189,7 @@ inline void add_dots4(const uint8_t* rows, int64_t pitch, const IntegerQuery* qu
 }
 #endif
 
-// The same of 8-bit rows, signed or less 128, with split queries over 16 dims.
+// Those of eight 8-bit rows, signed or less 128, with split queries over 16 dims.
 template <int Heads, bool Signed>
 inline void add_dots_split(const B32 (&codes)[4], const IntegerQuery* queries, int dim, I8 (&totals)[Heads]) {
   for (int part = 0; part < 2; ++part) {
@@ -274,7 +274,7 @@ inline void add_code_scores(const Side& side, int kv_head, int head_dim, const R
                                                    queries, scores + t);
     }
   };
-  if constexpr (Groups == 2) add(FWide());
+  if constexpr (Groups == 2 && kLanesOf<FWide> > 8) add(FWide());
   add(F8());
 }
 

@@ -177,7 +177,7 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
     }
   }
   Columns<NB> columns;
-  add_outliers(w, in, token, M, blocks, columns, acc);
+  add_outliers<false>(w, in, token, M, blocks, columns, acc);
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)
       store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
@@ -265,7 +265,6 @@ void linear_part(const Linear& linear, const Input& in, const Streams& streams, 
   const int stride = streams.stride, whole = std::min(end, stride);
   for (int i = begin; i < whole; ++i) {
     if (streams.width == kPanelBlocks) linear_step<kPanelBlocks>(linear, in, first, last, {i, stride}, out);
-    else if constexpr (kTileBlocks == kStreams) by_tiles<kTileBlocks>(linear, in, first, last, {i, stride}, out);
     else tile_of<1, kStreams>(linear.weight)(linear, in, first, {i, stride}, out);
   }
   for (int i = std::max(begin, stride); i < end; ++i)

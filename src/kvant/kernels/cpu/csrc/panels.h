@@ -18,7 +18,8 @@ constexpr int kPanelHeight = 8, kPanelBlocks = 4;  // 16 registers of dots
 #else
 constexpr int kPanelHeight = 6, kPanelBlocks = 2;  // whose sums and dots stay in registers
 #endif
-constexpr int kPanelColumns = 1024;                // of 4 bits, so that a panel stays in the nearest cache; half of 8
+static_assert(kPanelHeight <= 8, "tokens are lanes");
+constexpr int kPanelColumns = 1024;                // of 4 bits, so that a panel stays in a near cache; half of 8
 constexpr int kUnits = Dot::kUnits;
 constexpr float kScaleTop = 32767, kScaleUnit = 32768;
 constexpr float kScaleSum = 65000;  // of a token's scales: times 32 * 8 * 127 it stays below 2^31, rounding included
@@ -41,16 +42,20 @@ inline F8 bias_of(const Weight& w, int64_t at, F8 scale) {
 template <int NB>
 class Columns {
  public:
-  Columns() { std::fill(numbers_, numbers_ + kPlaces, -1); }
+  Columns() {
+    std::fill(numbers_, numbers_ + kPlaces + 1, -1);
+    std::fill(weights_[kPlaces], weights_[kPlaces] + NB, all(0.0f));
+  }
 
+  // For a column of -1, zeros.
   const F8* get(const Weight& w, Blocks blocks, int column, int padded) {
-    const int place = column % kPlaces;
+    const int place = column < 0 ? kPlaces : static_cast<unsigned>(column) % kPlaces;
     if (numbers_[place] != column) read(w, blocks, column, padded, place);
     return weights_[place];
   }
 
  private:
-  static constexpr unsigned kPlaces = 8;
+  static constexpr unsigned kPlaces = 8;  // and one for no column
 
   void read(const Weight& w, Blocks blocks, int column, int padded, int place) {
     const int bits = w.kind == kWeightU4 ? 4 : 8, shift = __builtin_ctz(w.group), mask = (1 << bits) - 1;
@@ -67,22 +72,20 @@ class Columns {
     numbers_[place] = column;
   }
 
-  int numbers_[kPlaces];
-  F8 weights_[kPlaces][NB];
+  int numbers_[kPlaces + 1];
+  F8 weights_[kPlaces + 1][NB];
 };
 
-constexpr int kGuessedBlocks = 4;  // whose products cost less than a wrong guess whether there is an outlier
-
 // What the inputs' outliers make of the products of `tokens` tokens from `first` on. Most tokens have theirs in one of
-// a few columns.
-template <int M, int NB>
+// a few columns. With `Always`, one that has none has one of 0, which may cost less than wrong guesses.
+template <bool Always, int M, int NB>
 inline void add_outliers(const Weight& w, const Input& in, int first, int tokens, Blocks blocks, Columns<NB>& columns,
                          F8 (&y)[M][NB]) {
   if (!in.outliers) return;
   for (int m = 0; m < tokens; ++m) {
     const auto [value, column] = in.outliers[first + m];
-    if (NB < kGuessedBlocks && column < 0) continue;
-    const F8* weights = columns.get(w, blocks, std::max(column, 0), in.padded);
+    if (!Always && column < 0) continue;
+    const F8* weights = columns.get(w, blocks, column, in.padded);
     for (int b = 0; b < NB; ++b) y[m][b] += weights[b] * all(value);
   }
 }
@@ -116,7 +119,7 @@ struct Cut {
   int numbers() const { return steps() + 2; }
 };
 
-// Tiles of as equal a height as there is: 13 tokens are 5 + 5 + 3, not 6 + 6 + 1. It is the highest, or one less.
+// Tiles of about equal heights, kPanelHeight or one less: of at most 6, 13 tokens are 5 + 5 + 3, not 6 + 6 + 1.
 int panel_height(int64_t tokens) {
   if (tokens < kPanelTokens) return 0;
   const int64_t tiles = (tokens + kPanelHeight - 1) / kPanelHeight;
@@ -219,9 +222,9 @@ void panel_tile_rows(const Weight& w, const Input& in, int first, int last) {
 // less 128 is 16 times what the first plane has above 8, and what the second has.
 template <int NB>
 struct Panel {
-  alignas(64) uint8_t codes[kPanelColumns / 4 * NB * 32];
-  alignas(64) int16_t scales[kPanelColumns / 16 / kUnits * NB * 16];
-  alignas(64) F8 tops[NB];
+  alignas(kAlign) uint8_t codes[kPanelColumns / 4 * NB * 32];
+  alignas(kAlign) int16_t scales[kPanelColumns / 16 / kUnits * NB * 16];
+  alignas(kAlign) F8 tops[NB];
 };
 
 // One round's codes of a block; the second unit's lie apart. Steps lie `stride` bytes apart, planes `plane`.
@@ -403,7 +406,7 @@ void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Pan
   const int64_t tile = first / M;
   const int32_t* x = in.panels.tiles + (tile * cut.rounds + begin) * (Steps + 2) * M;
   const float* steps = in.panels.steps + (tile * cut.parts() + begin / cut.part) * M;
-  alignas(64) F8 y[M][NB];
+  alignas(kAlign) F8 y[M][NB];
   const float first_factor = cut.planes == 1 ? 1 : 16;
   panel_floats<true, Steps>(panel.codes, panel.scales, x, end - begin, panel.tops, steps, first_factor, y);
   if (cut.planes == 2)
@@ -411,7 +414,7 @@ void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Pan
                                panel.tops, steps, 1, y);
   if (w.biases || w.zeros)
     add_biases(w, cut, in.padded, blocks, in.row(first), last - first, begin * kUnits, end * kUnits, y);
-  if (!begin) add_outliers(w, in, first, last - first, blocks, columns, y);
+  if (!begin) add_outliers<NB == 4>(w, in, first, last - first, blocks, columns, y);
   for (int b = 0; b < NB; ++b)
     store_block(linear, blocks[b] * kRowBlock, y[0] + b, NB, last - first, !begin, out + int64_t{first} * w.rows);
 }

@@ -1,5 +1,5 @@
 // Attention of many new tokens to 4-bit keys and values by integer dots: a tile of the context is spread to bytes once
-// for all query rows, of which six are worked on at a time.
+// for all query rows, of which kRowTile are worked on at a time.
 #pragma once
 
 #include "panels.h"
@@ -12,6 +12,7 @@ constexpr int kRowTile = 12;  // sixteen lanes are one register
 #else
 constexpr int kRowTile = 6;
 #endif
+static_assert(kTileRows % kRowTile == 0, "rows behind the last have a place");
 constexpr int kPanelLanes = 16;  // tokens or dims whose dots stay in registers
 constexpr int kStepsAtOnce = 8;  // of four codes each, that `Dot` adds up
 constexpr int kTileSteps = kTile / 4;
@@ -305,10 +306,10 @@ class CodeRows {
     if (!seen_[m]) return std::fill(out, out + width, int8_t{0});
     const FWide inverse = all<FWide>(units_[m] > 0 ? 1.0f / units_[m] : 0.0f);
     for (int t = 0; t < width; t += 32) {
-      constexpr int kLanes = kLanesOf<FWide>;
-      IWide rounded[32 / kLanes];
-      for (int i = 0; i < 32 / kLanes; ++i) {
-        const int slot = t + kLanes * i;
+      constexpr int kAtOnce = kLanesOf<FWide>;
+      IWide rounded[32 / kAtOnce];
+      for (int i = 0; i < 32 / kAtOnce; ++i) {
+        const int slot = t + kAtOnce * i;
         rounded[i] = to_int(dithered(load<FWide>(scaled + slot), inverse, slot));
       }
       store_bytes(out + t, rounded);

@@ -1,4 +1,4 @@
-// Weighted sums of cached values: codes in pairs of tokens with weights of 7 or 15 bits, or floats.
+// Weighted sums of cached values: codes in pairs or fours of tokens with weights of 7 or 15 bits, or floats.
 #pragma once
 
 #include "keys.h"
@@ -130,11 +130,11 @@ inline I8 add_weighted(I8 sum, S16 pair, S16 weights) {
 
 template <class I>
 inline void add_scaled(I x, float unit, float* sum) {
-  const auto scaled = to_float(x);
-  store(sum, load<decltype(to_float(x))>(sum) + scaled * all<decltype(to_float(x))>(unit));
+  typedef decltype(to_float(x)) F;
+  store(sum, load<F>(sum) + to_float(x) * all<F>(unit));
 }
 
-using Weights = int16_t[kMaxGroups][kTile];  // narrow ones: two tokens' bytes, twice
+using Weights = int16_t[kMaxGroups][kTile];  // narrow ones: two tokens' bytes, twice, or as `store_narrow` says
 
 // Whether a value's codes meet narrow weights.
 inline bool has_narrow_weights(const Side& side, int dim) { return is_4bit(side.kind) && dim / groups_of(side) >= 32; }
@@ -184,6 +184,52 @@ inline F store_narrow(int16_t* out, int t, F weights, F inverse, int slot) {
   return nearest(steps) - weights * inverse;
 }
 
+// sums[head] += 32 dims of a run's 8-bit codes times the heads' weights, `pitch` apart, times their units.
+template <int Heads, Codes Kind, class Count>
+inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* weights, int64_t pitch,
+                     const float* units, float* sums, Ahead& next) {
+  Carried<I8> acc[Heads][kColumns] = {};
+  for (int t = 0; t < tokens; t += 2, rows += 2 * dim, weights += 2) {
+    if (t % 8 == 0) next.ask();
+    pair_rows<Kind>(rows, rows + dim, [&](int i, S16 pair) {
+      wait_for(weights);  // broadcast again: there are no registers to keep them in
+      for (int h = 0; h < Heads; ++h) acc[h][i] = add_weighted(acc[h][i], pair, broadcast_pair(weights + h * pitch));
+    });
+  }
+  for (int h = 0; h < Heads; ++h)
+    for (int i = 0; i < kColumns; ++i) add_scaled(acc[h][i], units[h], sums + h * kMaxHeadDim + 8 * i);
+}
+
+#if defined(__AVX512VNNI__)
+// The same for 4-bit codes and narrow weights: four tokens' bytes of a dim meet in a lane.
+template <int Heads, class Count>
+inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, int64_t pitch,
+                       const float* units, float* sums, Ahead& next) {
+  // Lanes in the order that `unpaired` expects once the upper halves of both sums lie behind the lower ones.
+  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
+  const __m512i places = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16);
+  __m512i acc[Heads][2] = {};
+  for (int t = 0; t < tokens; t += 4, rows += 4 * bytes) {
+    if (t % 8 == 0) next.ask();
+    const __m512i x = _mm512_permutexvar_epi32(lanes, four_rows(rows, bytes));
+    const __m512i codes = _mm512_shuffle_epi8(x, places);
+    for (int h = 0; h < Heads; ++h) {
+      const int8_t* weight = reinterpret_cast<const int8_t*>(weights + h * pitch) + t;
+      const __m512i four = _mm512_set1_epi32(load<int32_t>(weight));
+      acc[h][0] = _mm512_dpbusd_epi32(acc[h][0], codes & low, four);
+      acc[h][1] = _mm512_dpbusd_epi32(acc[h][1], codes & high, four);
+    }
+  }
+  for (int h = 0; h < Heads; ++h) {
+    const F16 even = to_float((I16)acc[h][0]) * all<F16>(units[h]);
+    const F16 odd = to_float((I16)acc[h][1]) * all<F16>(units[h] / 16);  // of high halves, which were not moved
+    float* to = sums + h * kMaxHeadDim;
+    store(to, load<F16>(to) + of_halves(half_of<0>(even), half_of<0>(odd)));
+    store(to + 16, load<F16>(to + 16) + of_halves(half_of<1>(even), half_of<1>(odd)));
+  }
+}
+#else
 // sums + the products of unsigned and signed bytes in pairs, of the order of `pair_codes4`, which wrap around.
 inline U16 add_byte_pairs(U16 sums, B32 u, B32 s) {
 #if defined(__AVX2__)
@@ -237,52 +283,6 @@ inline void add_wide(U16 sums, int vector, float unit, float* out) {
 #endif
 }
 
-// sums[head] += 32 dims of a run's 8-bit codes times the heads' weights, `pitch` apart, times their units.
-template <int Heads, Codes Kind, class Count>
-inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* weights, int64_t pitch,
-                     const float* units, float* sums, Ahead& next) {
-  Carried<I8> acc[Heads][kColumns] = {};
-  for (int t = 0; t < tokens; t += 2, rows += 2 * dim, weights += 2) {
-    if (t % 8 == 0) next.ask();
-    pair_rows<Kind>(rows, rows + dim, [&](int i, S16 pair) {
-      wait_for(weights);  // broadcast again: there are no registers to keep them in
-      for (int h = 0; h < Heads; ++h) acc[h][i] = add_weighted(acc[h][i], pair, broadcast_pair(weights + h * pitch));
-    });
-  }
-  for (int h = 0; h < Heads; ++h)
-    for (int i = 0; i < kColumns; ++i) add_scaled(acc[h][i], units[h], sums + h * kMaxHeadDim + 8 * i);
-}
-
-#if defined(__AVX512VNNI__)
-// The same for 4-bit codes and narrow weights: four tokens' bytes of a dim meet in a lane.
-template <int Heads, class Count>
-inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, int64_t pitch,
-                       const float* units, float* sums, Ahead& next) {
-  // Lanes in the order that `unpaired` expects once the upper halves of both sums lie behind the lower ones.
-  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
-  const __m512i places = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16);
-  __m512i acc[Heads][2] = {};
-  for (int t = 0; t < tokens; t += 4, rows += 4 * bytes) {
-    if (t % 8 == 0) next.ask();
-    const __m512i x = _mm512_permutexvar_epi32(lanes, four_rows(rows, bytes));
-    const __m512i codes = _mm512_shuffle_epi8(x, places);
-    for (int h = 0; h < Heads; ++h) {
-      const int8_t* weight = reinterpret_cast<const int8_t*>(weights + h * pitch) + t;
-      const __m512i four = _mm512_set1_epi32(load<int32_t>(weight));
-      acc[h][0] = _mm512_dpbusd_epi32(acc[h][0], codes & low, four);
-      acc[h][1] = _mm512_dpbusd_epi32(acc[h][1], codes & high, four);
-    }
-  }
-  for (int h = 0; h < Heads; ++h) {
-    const F16 even = to_float((I16)acc[h][0]) * all<F16>(units[h]);
-    const F16 odd = to_float((I16)acc[h][1]) * all<F16>(units[h] / 16);  // of high halves, which were not moved
-    float* to = sums + h * kMaxHeadDim;
-    store(to, load<F16>(to) + of_halves(half_of<0>(even), half_of<0>(odd)));
-    store(to + 16, load<F16>(to + 16) + of_halves(half_of<1>(even), half_of<1>(odd)));
-  }
-}
-#else
 // The same for 4-bit codes and narrow weights.
 template <int Heads, class Count>
 inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, int64_t pitch,
@@ -305,7 +305,6 @@ inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16
 }
 
 #endif
-
 // The same for one head and 4-bit codes in groups of 16 dims.
 inline void mix_halves(const uint8_t* rows, int dim, int tokens, const int16_t* first, const int16_t* second,
                        float unit, float* sums, Ahead& next) {
