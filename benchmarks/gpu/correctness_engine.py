@@ -16,7 +16,7 @@ from gpu.engine import core_of, model_of
 from gpu.lengths import Lengths
 from gpu.machine import Machine
 from gpu.shapes import check_spec, kv_formats, spec_of
-from gpu.weights import decoder_weights
+from gpu.weights import UNROUNDED_FORMATS, decoder_weights
 from kvant.config import SamplingParams
 from kvant.engine.core import Core
 from kvant.engine.sequence import Failure
@@ -66,10 +66,14 @@ def _spec(machine: Machine) -> Any:
 
 
 def _core(machine: Machine, host: Machine, seed: int, weights: str, kv: str, lengths: Any) -> Core:
-    """An engine on a model that depends on the seed alone, not on the machine."""
+    """An engine on a model that depends on the seed alone, not on the machine.
+
+    Its weights are what 16 bits hold. The reference and products of many tokens round what they expand: with weights
+    of 4 bits and an int4 cache, whose codes flip then, that alone moves some log-probability by more than 1.
+    """
     torch.manual_seed(seed)
     spec = _spec(machine)
-    made, _ = decoder_weights(machine, spec, weights, drawn=host)
+    made, _ = decoder_weights(machine, spec, weights, drawn=host, formats=UNROUNDED_FORMATS)
     return core_of(machine, model_of(machine, Decoder(spec, made, machine.ops)), kv, lengths)
 
 

@@ -16,12 +16,16 @@ from kvant.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How matrices are stored; `bits` 16 is bfloat16. `group` 0 is one scale a row."""
+    """How matrices are stored; `bits` 16 is bfloat16. `group` 0 is one scale a row.
+
+    Scales in `octaves` are powers of two: 16 bits hold such weights, and who expands them first rounds nothing.
+    """
 
     bits: int
     group: int = 128
     zeros: bool = False
     inputs: bool = False
+    octaves: bool = False
 
     @property
     def rate(self) -> str:
@@ -35,6 +39,9 @@ WEIGHT_FORMATS: Mapping[str, WeightFormat] = {
     "w8": WeightFormat(8),
     "w8a8": WeightFormat(8, group=0, inputs=True),
 }
+UNROUNDED_FORMATS: Mapping[str, WeightFormat] = {
+    name: fmt if fmt.inputs else replace(fmt, octaves=True) for name, fmt in WEIGHT_FORMATS.items()
+}
 _UNIFORM = 12**-0.5  # the standard deviation of a uniform distribution, of its width
 
 
@@ -45,6 +52,7 @@ def packed(machine: Machine, fmt: WeightFormat, n: int, k: int) -> PackedWeight:
     group = min(fmt.group or k, k)
     size = (k**-0.5) / (_UNIFORM * 2**fmt.bits)
     scale = (1 + 0.1 * machine.random(n, -(-k // group), dtype=torch.float32)) * size
+    scale = scale.log2().round().exp2() if fmt.octaves else scale
     zero = machine.random_bytes(*scale.shape) % 3 + (2 ** (fmt.bits - 1) - 1) if fmt.zeros else None
     weight = PackedWeight.quantized(
         fmt.bits, machine.random_bytes(n, k * fmt.bits // 8), scale.half(), zero=zero, group_size=group
@@ -53,23 +61,29 @@ def packed(machine: Machine, fmt: WeightFormat, n: int, k: int) -> PackedWeight:
 
 
 def decoder_weights(
-    machine: Machine, spec: ModelSpec, body: str, head: str = "bf16", drawn: Machine | None = None
+    machine: Machine,
+    spec: ModelSpec,
+    body: str,
+    head: str = "bf16",
+    drawn: Machine | None = None,
+    formats: Mapping[str, WeightFormat] = WEIGHT_FORMATS,
 ) -> tuple[DecoderWeights, int]:
     """A decoder with its layers in one format and its head in another, the embedding in 16 bit; and its bytes.
 
     Args:
         machine: where it is to run.
         spec: its shapes.
-        body: the format of its layers, of `WEIGHT_FORMATS`.
+        body: the format of its layers, one of `formats`.
         head: that of its head.
         drawn: where its numbers are drawn, if not there.
+        formats: how a format's matrices are made.
     """
     shapes = {shape.name: shape for shape in linear_shapes(spec)}
     source, total = drawn or machine, 0
 
     def linear(name: str, fmt: str, bias: bool = False) -> Linear:
         nonlocal total
-        weight = packed(source, WEIGHT_FORMATS[fmt], shapes[name].n, shapes[name].k)
+        weight = packed(source, formats[fmt], shapes[name].n, shapes[name].k)
         total += weight.nbytes
         added = (source.random(shapes[name].n) * 0.1).to(machine.device) if bias else None
         return Linear(machine.ops.prepare(weight), added)
