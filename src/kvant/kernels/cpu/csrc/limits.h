@@ -10,12 +10,15 @@ constexpr int kLanes = 12;  // independent sums: more than the products' latency
 
 // Reads memory in four streams; the sum keeps it from being left out.
 inline int64_t read_limit(const void* data, int64_t bytes) {
-  const int64_t quarter = bytes / 4 / 128 * 128;
+  const int64_t quarter = bytes / 4 / 128 * 128, ahead = reads_ahead();
   const uint8_t* p = static_cast<const uint8_t*>(data);
   I8 sums[4] = {};
   for (int64_t at = 0; at < quarter; at += 128)
-    for (int stream = 0; stream < 4; ++stream)
-      for (int i = 0; i < 128; i += 32) sums[stream] += load<I8>(p + stream * quarter + at + i);
+    for (int stream = 0; stream < 4; ++stream) {
+      const uint8_t* from = p + stream * quarter + at;
+      for (int i = 0; i < 128; i += 32) sums[stream] += load<I8>(from + i);
+      for (int i = 0; ahead && i < 128; i += 64) __builtin_prefetch(from + ahead + i);
+    }
   const I8 total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   return sum(total) ? 4 * quarter : 4 * quarter + 1;
 }

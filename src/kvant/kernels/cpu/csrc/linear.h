@@ -156,6 +156,8 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
     codes[b] = static_cast<const uint8_t*>(w.codes) + static_cast<int64_t>(blocks[b]) * groups * 32 * Bits;
     starts[b] = static_cast<int64_t>(blocks[b]) * spans * kRowBlock;
   }
+  // To the stream's next block, or a part of it where one token passes it quickly.
+  const int64_t ahead = M > 1 ? int64_t{groups} * 32 * Bits : reads_ahead();
   const QuantizedRow first = in.row(token);
   F8 acc[M][NB] = {};
   for (int g = 0; g < groups; ++g) {
@@ -171,8 +173,8 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
       }
     }
     for (int b = 0; b < NB; ++b) {
-      if (M > 1)  // the stream's next block
-        for (int i = 0; i < 32 * Bits; i += 64) __builtin_prefetch(codes[b] + int64_t{groups} * 32 * Bits + i);
+      if (ahead)
+        for (int i = 0; i < 32 * Bits; i += 64) __builtin_prefetch(codes[b] + ahead + i);
       codes[b] += 32 * Bits;
     }
   }
