@@ -21,7 +21,7 @@ class Kernel:
     Attributes:
         run: does it once.
         units: what a time is given for: `units` of them are done by a run.
-        bytes, operations: of a run; two operations a product.
+        bytes, operations: of a run; two operations a product, and 0 where they are not counted.
         products: what limits the operations, "dot" (8-bit integers) or "fma" (float32).
     """
 
@@ -33,11 +33,16 @@ class Kernel:
     products: str
 
 
+Planned = tuple[str, Callable[[], Kernel]]  # a kernel's name, and what makes its data
+
+
 @dataclass(frozen=True)
 class Timing:
-    """A kernel's time, and how near it comes to the limits of one thread."""
+    """A kernel's time, and how near it comes to the limits of one thread; bytes and operations are a run's."""
 
     name: str
+    bytes: int
+    operations: int
     ns_per_unit: float
     gb_per_s: float
     gop_per_s: float
@@ -72,6 +77,8 @@ def measure(kernel: Kernel, limits: Mapping[str, float], seconds: float) -> Timi
     read, computed = kernel.bytes / spent, kernel.operations / spent
     return Timing(
         kernel.name,
+        kernel.bytes,
+        kernel.operations,
         ns_per_unit=spent * 1e9 / kernel.units,
         gb_per_s=read / 1e9,
         gop_per_s=computed / 1e9,

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import kernels_attention
 import kernels_linear
+import kernels_rows
 import kernels_write
 import torch
-from kernel import Kernel, Timing, measure, measure_limits
+from kernel import Planned, Timing, measure, measure_limits
 from machine import commit, describe_machine
 
 from kvant.errors import ConfigError
 from kvant.kernels.cpu.ops import CpuOps
 from kvant.kernels.select import select_ops
 
-PARTS = (kernels_linear, kernels_attention, kernels_write)  # modules with kernels(ops): one kernel's data at a time
+PARTS = (kernels_linear, kernels_attention, kernels_write, kernels_rows)  # modules with kernels(ops)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _timings(ops: CpuOps, only: str, limits: dict[str, float], seconds: float) -> Iterator[Timing]:
-    kernels: Iterator[Kernel] = chain.from_iterable(part.kernels(ops) for part in PARTS)
+    planned: Iterator[Planned] = chain.from_iterable(part.kernels(ops) for part in PARTS)
     print(f"{'kernel':<40} {'ns/unit':>8} {'GB/s':>6} {'of limit':>8} {'GOP/s':>6} {'of limit':>8}")
-    for kernel in kernels:
-        if only in kernel.name:
-            it = measure(kernel, limits, seconds)
+    for name, make in planned:
+        if only in name:
+            it = measure(make(), limits, seconds)  # one kernel's data at a time
             print(f"{it.name:<40} {it.ns_per_unit:8.2f} {it.gb_per_s:6.1f} {it.of_reading:8.0%} "
                   f"{it.gop_per_s:6.0f} {it.of_products:8.0%}")  # fmt: skip
             yield it

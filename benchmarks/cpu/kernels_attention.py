@@ -1,15 +1,16 @@
-"""The attention of decoding, one token over a long context, on caches as the engine keeps them."""
+"""Attention on caches as the engine keeps them: decoding, one token over a long context, and prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from ctypes import byref
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from math import ceil
 
 import torch
-from kernel import Kernel
+from kernel import Kernel, Planned
 
 from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
@@ -30,13 +31,14 @@ KV_HEADS = 2
 BLOCK = 64
 CACHED = 2048  # tokens of one layer whose cache stays in the processor's
 STREAMED = 96 << 20  # bytes of layers that are read one after the other, more than it holds
+PROMPTS = ((256, 256), (512, 4608))  # new tokens, and the context with them
 CALLS = 8  # of a single layer in a run: one call is too short to time
 ROPE_THETA = 100_000.0
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Layers of one cache and a step's token, with what their structures point to."""
+    """Layers of one cache and a step's tokens, with what their structures point to."""
 
     ops: CpuOps
     store: KVStore
@@ -44,11 +46,15 @@ class Scene:
     shape: AttentionShape
 
     def kernel(self, name: str) -> Kernel:
-        """A run is the next layer's turn, or several where that one is alone; units are tokens times KV heads."""
-        q = torch.randn(1, self.shape.num_heads, self.shape.head_dim)
+        """A run is the next layer's turn, or several where one that decodes is alone.
+
+        Units are the tokens that each new token attends to, times KV heads.
+        """
+        new, context = len(self.batch.positions), self.batch.context_lens[0]
+        q = torch.randn(new, self.shape.num_heads, self.shape.head_dim)
         out, layers, tokens = torch.empty_like(q), bind_cache(self.store.layers), bind_batch(self.batch)
         shape, structs, turns = bind_shape(self.shape), layers.structs, cycle(range(len(self.store.layers)))
-        calls = CALLS if len(self.store.layers) == 1 else 1
+        calls = CALLS if len(self.store.layers) == new == 1 else 1
 
         def run() -> None:
             kept = layers, tokens  # their memory, which the structures point to
@@ -58,24 +64,36 @@ class Scene:
                 )
             assert kept
 
-        units = calls * KV_HEADS * self.batch.context_lens[0]
+        units = calls * KV_HEADS * (new * context - new * (new - 1) // 2)
         vector = sum(plane.bytes for plane in self.store.layers[0].format.planes(self.shape.head_dim))
         products = 2 * self.shape.head_dim * self.shape.num_heads // KV_HEADS
         integer = self.store.layers[0].format.name.startswith("int")
-        return Kernel(name, run, units, units * vector, units * 2 * products, "dot" if integer else "fma")
+        read = calls * KV_HEADS * context * vector
+        return Kernel(name, run, units, read, units * 2 * products, "dot" if integer else "fma")
 
 
-def kernels(ops: CpuOps) -> Iterator[Kernel]:
-    """Each format and shape, from the processor's caches and from memory."""
+def kernels(ops: CpuOps) -> Iterator[Planned]:
+    """Each format and shape: decodes from the processor's caches and from memory, then prompts."""
     for head_dim, ratio in SHAPES:
         for fmt in FORMATS:
-            for name, layers, context in (("cached", 1, CACHED), ("streamed", 0, 4 * CACHED)):
-                scene = make_scene(ops, fmt, head_dim, ratio, context, layers)
-                yield scene.kernel(f"attention {fmt} d{head_dim} gqa{ratio} {name}")
+            name = f"attention {fmt} d{head_dim} gqa{ratio}"
+            yield f"{name} cached", partial(_kernel, ops, f"{name} cached", fmt, (head_dim, ratio), CACHED, 1)
+            yield f"{name} streamed", partial(_kernel, ops, f"{name} streamed", fmt, (head_dim, ratio), 4 * CACHED, 0)
+    for head_dim, ratio in SHAPES:
+        for fmt in FORMATS:
+            for new, context in PROMPTS:
+                name = f"attention {fmt} d{head_dim} gqa{ratio} prompt {new} of {context}"
+                yield name, partial(_kernel, ops, name, fmt, (head_dim, ratio), context, 1, new)
 
 
-def make_scene(ops: CpuOps, name: str, head_dim: int, ratio: int, context: int, layers: int) -> Scene:
-    """A sequence whose next token decodes; with 0 layers, as many as take `STREAMED` bytes."""
+def _kernel(
+    ops: CpuOps, name: str, fmt: str, shape: tuple[int, int], context: int, layers: int, new: int = 1
+) -> Kernel:
+    return make_scene(ops, fmt, *shape, context, layers, new).kernel(name)
+
+
+def make_scene(ops: CpuOps, name: str, head_dim: int, ratio: int, context: int, layers: int, new: int = 1) -> Scene:
+    """A sequence whose last `new` tokens are computed; with 0 layers, as many as take `STREAMED` bytes."""
     fmt, rope = KV_FORMATS[name], RopeSpec(dim=head_dim, theta=ROPE_THETA)
     shape = KVShape(1, KV_HEADS, head_dim)
     layers = layers or ceil(STREAMED / (context * fmt.bytes_per_token(shape)))
@@ -92,7 +110,7 @@ def make_scene(ops: CpuOps, name: str, head_dim: int, ratio: int, context: int, 
     for layer in store.layers[1:]:
         for plane, first in zip(layer.planes.values(), store.layers[0].planes.values(), strict=True):
             plane.copy_(first)
-    batch = AttentionBatch(positions[-1:], slots[-1:], (0, 1), (context,), table)
+    batch = AttentionBatch(positions[-new:], slots[-new:], (0, new), (context,), table)
     return Scene(ops, store, batch, AttentionShape(KV_HEADS * ratio, KV_HEADS, head_dim, head_dim**-0.5))
 
 

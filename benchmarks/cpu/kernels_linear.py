@@ -1,16 +1,18 @@
-"""Linear layers of 4-bit weights in groups of 32, by the shapes of two small models and the rows that come at once."""
+"""Linear layers by the shapes of two small models and the rows that come at once; mostly of 4-bit weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from ctypes import byref
+from functools import partial
 from itertools import count as numbers
 from math import ceil
 
 import torch
-from kernel import Kernel
+from kernel import Kernel, Planned
 from torch import Tensor
 
+from kvant.formats.weight import PackedWeight
 from kvant.kernels.cpu import structs
 from kvant.kernels.cpu.native import pointer
 from kvant.kernels.cpu.ops import CpuOps
@@ -19,23 +21,28 @@ from kvant.kernels.cpu.weights import NativeWeight, native_weight
 SHAPES = ((3072, 576), (576, 1536), (9728, 896), (896, 4864))  # rows, columns: gate_up and down
 ROWS = (1, 4, 8, 96, 256)
 GROUP = 32
+OTHERS = ("int8", "fp16", "fp32")
 STREAMED = 160 << 20  # bytes of weights that are read one after the other, more than a processor's cache holds
 MANY = 16  # rows from which the products take so long that one weight shows it
 _ROW_BLOCK = 8
+_BITS = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}
+_DENSE = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-def kernels(ops: CpuOps) -> Iterator[Kernel]:
+def kernels(ops: CpuOps) -> Iterator[Planned]:
     """A weight that the processor's caches hold, and with few rows as many as come from memory."""
-    for rows, columns in SHAPES:
-        for tokens in ROWS:
-            yield _kernel(ops, [_weight(rows, columns)], tokens, "cached")
-            if tokens < MANY:
-                found = ceil(STREAMED / _bytes(rows, columns))
-                yield _kernel(ops, [_weight(rows, columns) for _ in range(found)], tokens, "streamed")
+    shapes = [("int4", shape, tokens) for shape in SHAPES for tokens in ROWS]
+    shapes += [(fmt, SHAPES[0], tokens) for fmt in OTHERS for tokens in (ROWS[0], ROWS[-1])]
+    for fmt, shape, tokens in shapes:
+        for name in ("cached", "streamed") if tokens < MANY else ("cached",):
+            full = f"linear {fmt} {shape[0]}x{shape[1]} rows {tokens} {name}"
+            yield full, partial(_kernel, ops, full, fmt, shape, tokens, name == "streamed")
 
 
-def _kernel(ops: CpuOps, weights: list[NativeWeight], tokens: int, name: str) -> Kernel:
+def _kernel(ops: CpuOps, name: str, fmt: str, shape: tuple[int, int], tokens: int, streamed: bool) -> Kernel:
     """A product with the next weight; its unit is one with one row."""
+    size = _bytes(fmt, *shape)
+    weights = [_weight(ops, fmt, *shape) for _ in range(ceil(STREAMED / size) if streamed else 1)]
     rows, columns = weights[0].shape
     layers = [structs.Linear(weight.struct, None) for weight in weights]
     x, out, turn = torch.randn(tokens, columns), torch.empty(tokens, rows), numbers()
@@ -45,21 +52,22 @@ def _kernel(ops: CpuOps, weights: list[NativeWeight], tokens: int, name: str) ->
         layer = layers[next(turn) % len(layers)]
         ops.native.call("linear", byref(layer), pointer(x), tokens, pointer(out))
 
-    operations = 2 * rows * columns * tokens
-    return Kernel(
-        f"linear {rows}x{columns} rows {tokens} {name}", run, tokens, _bytes(rows, columns), operations, "dot"
-    )
+    products = "dot" if fmt.startswith("int") else "fma"
+    return Kernel(name, run, tokens, size, 2 * rows * columns * tokens, products)
 
 
-def _bytes(rows: int, columns: int) -> int:
-    return rows * (columns // 2 + columns // GROUP * 2)
+def _bytes(fmt: str, rows: int, columns: int) -> int:
+    bits = _BITS[fmt]
+    return rows * (columns * bits // 8 + (columns // GROUP * 2 if fmt.startswith("int") else 0))
 
 
-def _weight(rows: int, columns: int) -> NativeWeight:
+def _weight(ops: CpuOps, fmt: str, rows: int, columns: int) -> NativeWeight:
     """Any codes, in the kernels' layout."""
+    if not fmt.startswith("int"):
+        return ops.prepare(PackedWeight.dense(torch.randn(rows, columns).to(_DENSE[fmt])))
     shape = rows // _ROW_BLOCK, columns // GROUP, _ROW_BLOCK
     memory: dict[str, Tensor] = {
-        "codes": torch.randint(256, (rows * columns // 2,), dtype=torch.uint8),
+        "codes": torch.randint(256, (rows * columns * _BITS[fmt] // 8,), dtype=torch.uint8),
         "scales": torch.rand(shape).mul(0.01).half(),
     }
-    return native_weight("int4", rows, columns, GROUP, memory)
+    return native_weight(fmt, rows, columns, GROUP, memory)

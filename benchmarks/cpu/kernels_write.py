@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from ctypes import byref
+from functools import partial
 
 import torch
-from kernel import Kernel
+from kernel import Kernel, Planned
 from kernels_attention import BLOCK, ROPE_THETA, statistics
 
 from kvant.cache.blocks import Paging
@@ -24,12 +25,13 @@ SHAPES = ((64, 3), (64, 32), (128, 8))  # head_dim, KV heads: a call's own cost 
 STEPS = (("prefill", 256, 1), ("decode", 1, 30))  # tokens, and layers that have their turn in a run
 
 
-def kernels(ops: CpuOps) -> Iterator[Kernel]:
+def kernels(ops: CpuOps) -> Iterator[Planned]:
     """Each format and shape; units are vectors, a key or value of a token and KV head."""
     for head_dim, heads in SHAPES:
         for fmt in FORMATS:
             for name, tokens, layers in STEPS:
-                yield _kernel(ops, f"write {fmt} d{head_dim} kv{heads} {name}", fmt, (layers, heads, head_dim), tokens)
+                full = f"write {fmt} d{head_dim} kv{heads} {name}"
+                yield full, partial(_kernel, ops, full, fmt, (layers, heads, head_dim), tokens)
 
 
 def _kernel(ops: CpuOps, name: str, fmt: str, sizes: tuple[int, int, int], tokens: int) -> Kernel:

@@ -113,7 +113,7 @@ class Machine:
 def _commit() -> str | None:
     try:
         where = Path(__file__).parent
-        command = ["git", "-C", str(where), "rev-parse", "--short", "HEAD"]
+        command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -40,7 +40,7 @@ WEIGHT_FORMATS: Mapping[str, WeightFormat] = {
     "w8a8": WeightFormat(8, group=0, inputs=True),
 }
 UNROUNDED_FORMATS: Mapping[str, WeightFormat] = {
-    name: fmt if fmt.inputs else replace(fmt, octaves=True) for name, fmt in WEIGHT_FORMATS.items()
+    name: replace(fmt, octaves=True) for name, fmt in WEIGHT_FORMATS.items()
 }
 _UNIFORM = 12**-0.5  # the standard deviation of a uniform distribution, of its width
 
@@ -52,7 +52,8 @@ def packed(machine: Machine, fmt: WeightFormat, n: int, k: int) -> PackedWeight:
     group = min(fmt.group or k, k)
     size = (k**-0.5) / (_UNIFORM * 2**fmt.bits)
     scale = (1 + 0.1 * machine.random(n, -(-k // group), dtype=torch.float32)) * size
-    scale = scale.log2().round().exp2() if fmt.octaves else scale
+    if fmt.octaves:  # several, or a scale of another group would do as well
+        scale = (scale.log2().round() + machine.random_bytes(*scale.shape) % 3 - 1).exp2()
     zero = machine.random_bytes(*scale.shape) % 3 + (2 ** (fmt.bits - 1) - 1) if fmt.zeros else None
     weight = PackedWeight.quantized(
         fmt.bits, machine.random_bytes(n, k * fmt.bits // 8), scale.half(), zero=zero, group_size=group

@@ -59,9 +59,9 @@ struct Streams {
       : width(streams), stride(blocks / streams), steps(blocks / streams + blocks % streams) {}
 };
 
-// How far ahead of one token's reads, in bytes of each stream, a core is told of them; 0 where it is better left alone.
-// Intel's looks no further than a page by itself (Emerald Rapids: 27.9 GB/s, 30.1 when told). Zen 4 reads 36 GB/s by
-// itself, and 25 to 28 when told.
+// How far ahead of what one token reads of a matrix of codes, in bytes of each stream, a core is told of it; 0 where it
+// is better left alone. Intel's looks no further than a page by itself (Emerald Rapids: 27.9 GB/s, 30.1 when told). Zen 4
+// reads 36 GB/s by itself, and 25 to 28 when told. Compiled for every instruction set: no vectors here.
 inline int64_t reads_ahead() {
 #if defined(__x86_64__)
   static const int64_t bytes = __builtin_cpu_is("intel") ? 2048 : 0;

@@ -8,7 +8,8 @@ namespace kvant::KVANT_ISA {
 
 constexpr int kLanes = 12;  // independent sums: more than the products' latency needs
 
-// Reads memory in four streams; the sum keeps it from being left out.
+// Reads memory in four streams, asking for it ahead as the products of one token do; the sum keeps it from being left
+// out.
 inline int64_t read_limit(const void* data, int64_t bytes) {
   const int64_t quarter = bytes / 4 / 128 * 128, ahead = reads_ahead();
   const uint8_t* p = static_cast<const uint8_t*>(data);
@@ -17,7 +18,8 @@ inline int64_t read_limit(const void* data, int64_t bytes) {
     for (int stream = 0; stream < 4; ++stream) {
       const uint8_t* from = p + stream * quarter + at;
       for (int i = 0; i < 128; i += 32) sums[stream] += load<I8>(from + i);
-      for (int i = 0; ahead && i < 128; i += 64) __builtin_prefetch(from + ahead + i);
+      if (ahead)
+        for (int i = 0; i < 128; i += 64) __builtin_prefetch(from + ahead + i);
     }
   const I8 total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   return sum(total) ? 4 * quarter : 4 * quarter + 1;

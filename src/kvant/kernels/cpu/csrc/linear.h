@@ -156,7 +156,7 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
     codes[b] = static_cast<const uint8_t*>(w.codes) + static_cast<int64_t>(blocks[b]) * groups * 32 * Bits;
     starts[b] = static_cast<int64_t>(blocks[b]) * spans * kRowBlock;
   }
-  // To the stream's next block, or a part of it where one token passes it quickly.
+  // What is asked for meanwhile: the stream's next block; for one token, what it reaches soon.
   const int64_t ahead = M > 1 ? int64_t{groups} * 32 * Bits : reads_ahead();
   const QuantizedRow first = in.row(token);
   F8 acc[M][NB] = {};
