@@ -25,7 +25,6 @@ class Kernel:
         products: what limits the operations, "dot" (8-bit integers) or "fma" (float32).
     """
 
-    name: str
     run: Callable[[], object]
     units: int
     bytes: int
@@ -70,13 +69,13 @@ def measure_limits(native: Native, seconds: float) -> dict[str, float]:
     return limits
 
 
-def measure(kernel: Kernel, limits: Mapping[str, float], seconds: float) -> Timing:
+def measure(name: str, kernel: Kernel, limits: Mapping[str, float], seconds: float) -> Timing:
     """The kernel's time beside the limits."""
     kernel.run()
     spent = least_seconds(kernel.run, seconds)
     read, computed = kernel.bytes / spent, kernel.operations / spent
     return Timing(
-        kernel.name,
+        name,
         kernel.bytes,
         kernel.operations,
         ns_per_unit=spent * 1e9 / kernel.units,

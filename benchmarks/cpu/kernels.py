@@ -50,7 +50,7 @@ def _timings(ops: CpuOps, only: str, limits: dict[str, float], seconds: float) -
     print(f"{'kernel':<40} {'ns/unit':>8} {'GB/s':>6} {'of limit':>8} {'GOP/s':>6} {'of limit':>8}")
     for name, make in planned:
         if only in name:
-            it = measure(make(), limits, seconds)  # one kernel's data at a time
+            it = measure(name, make(), limits, seconds)  # one kernel's data at a time
             print(f"{it.name:<40} {it.ns_per_unit:8.2f} {it.gb_per_s:6.1f} {it.of_reading:8.0%} "
                   f"{it.gop_per_s:6.0f} {it.of_products:8.0%}")  # fmt: skip
             yield it

@@ -45,7 +45,7 @@ class Scene:
     batch: AttentionBatch
     shape: AttentionShape
 
-    def kernel(self, name: str) -> Kernel:
+    def kernel(self) -> Kernel:
         """A run is the next layer's turn, or several where one that decodes is alone.
 
         Units are the tokens that each new token attends to, times KV heads.
@@ -69,7 +69,7 @@ class Scene:
         products = 2 * self.shape.head_dim * self.shape.num_heads // KV_HEADS
         integer = self.store.layers[0].format.name.startswith("int")
         read = calls * KV_HEADS * context * vector
-        return Kernel(name, run, units, read, units * 2 * products, "dot" if integer else "fma")
+        return Kernel(run, units, read, units * 2 * products, "dot" if integer else "fma")
 
 
 def kernels(ops: CpuOps) -> Iterator[Planned]:
@@ -77,19 +77,17 @@ def kernels(ops: CpuOps) -> Iterator[Planned]:
     for head_dim, ratio in SHAPES:
         for fmt in FORMATS:
             name = f"attention {fmt} d{head_dim} gqa{ratio}"
-            yield f"{name} cached", partial(_kernel, ops, f"{name} cached", fmt, (head_dim, ratio), CACHED, 1)
-            yield f"{name} streamed", partial(_kernel, ops, f"{name} streamed", fmt, (head_dim, ratio), 4 * CACHED, 0)
+            yield f"{name} cached", partial(_kernel, ops, fmt, head_dim, ratio, CACHED, 1)
+            yield f"{name} streamed", partial(_kernel, ops, fmt, head_dim, ratio, 4 * CACHED, 0)
     for head_dim, ratio in SHAPES:
         for fmt in FORMATS:
             for new, context in PROMPTS:
                 name = f"attention {fmt} d{head_dim} gqa{ratio} prompt {new} of {context}"
-                yield name, partial(_kernel, ops, name, fmt, (head_dim, ratio), context, 1, new)
+                yield name, partial(_kernel, ops, fmt, head_dim, ratio, context, 1, new)
 
 
-def _kernel(
-    ops: CpuOps, name: str, fmt: str, shape: tuple[int, int], context: int, layers: int, new: int = 1
-) -> Kernel:
-    return make_scene(ops, fmt, *shape, context, layers, new).kernel(name)
+def _kernel(ops: CpuOps, fmt: str, head_dim: int, ratio: int, context: int, layers: int, new: int = 1) -> Kernel:
+    return make_scene(ops, fmt, head_dim, ratio, context, layers, new).kernel()
 
 
 def make_scene(ops: CpuOps, name: str, head_dim: int, ratio: int, context: int, layers: int, new: int = 1) -> Scene:

@@ -35,11 +35,11 @@ def kernels(ops: CpuOps) -> Iterator[Planned]:
     shapes += [(fmt, SHAPES[0], tokens) for fmt in OTHERS for tokens in (ROWS[0], ROWS[-1])]
     for fmt, shape, tokens in shapes:
         for name in ("cached", "streamed") if tokens < MANY else ("cached",):
-            full = f"linear {fmt} {shape[0]}x{shape[1]} rows {tokens} {name}"
-            yield full, partial(_kernel, ops, full, fmt, shape, tokens, name == "streamed")
+            make = partial(_kernel, ops, fmt, shape, tokens, name == "streamed")
+            yield f"linear {fmt} {shape[0]}x{shape[1]} rows {tokens} {name}", make
 
 
-def _kernel(ops: CpuOps, name: str, fmt: str, shape: tuple[int, int], tokens: int, streamed: bool) -> Kernel:
+def _kernel(ops: CpuOps, fmt: str, shape: tuple[int, int], tokens: int, streamed: bool) -> Kernel:
     """A product with the next weight; its unit is one with one row."""
     size = _bytes(fmt, *shape)
     weights = [_weight(ops, fmt, *shape) for _ in range(ceil(STREAMED / size) if streamed else 1)]
@@ -53,7 +53,7 @@ def _kernel(ops: CpuOps, name: str, fmt: str, shape: tuple[int, int], tokens: in
         ops.native.call("linear", byref(layer), pointer(x), tokens, pointer(out))
 
     products = "dot" if fmt.startswith("int") else "fma"
-    return Kernel(name, run, tokens, size, 2 * rows * columns * tokens, products)
+    return Kernel(run, tokens, size, 2 * rows * columns * tokens, products)
 
 
 def _bytes(fmt: str, rows: int, columns: int) -> int:

@@ -30,11 +30,11 @@ def kernels(ops: CpuOps) -> Iterator[Planned]:
     for head_dim, heads in SHAPES:
         for fmt in FORMATS:
             for name, tokens, layers in STEPS:
-                full = f"write {fmt} d{head_dim} kv{heads} {name}"
-                yield full, partial(_kernel, ops, full, fmt, (layers, heads, head_dim), tokens)
+                sizes = layers, heads, head_dim
+                yield f"write {fmt} d{head_dim} kv{heads} {name}", partial(_kernel, ops, fmt, sizes, tokens)
 
 
-def _kernel(ops: CpuOps, name: str, fmt: str, sizes: tuple[int, int, int], tokens: int) -> Kernel:
+def _kernel(ops: CpuOps, fmt: str, sizes: tuple[int, int, int], tokens: int) -> Kernel:
     """Bytes are those that are stored; of the floats that are read, and of the constants, nothing is said."""
     layers, heads, head_dim = sizes
     rope, start = RopeSpec(dim=head_dim, theta=ROPE_THETA), BLOCK // 2
@@ -67,4 +67,4 @@ def _kernel(ops: CpuOps, name: str, fmt: str, sizes: tuple[int, int, int], token
 
     vectors = 2 * layers * heads * tokens
     stored = layers * tokens * KV_FORMATS[fmt].bytes_per_token(KVShape(1, heads, head_dim))
-    return Kernel(name, run, vectors, int(stored), 0, "fma")
+    return Kernel(run, vectors, int(stored), 0, "fma")
