@@ -25,6 +25,7 @@ from kvant.models.decoder import Decoder
 
 _REQUESTS = (Lengths(1, 24), Lengths(7, 24), Lengths(64, 20), Lengths(100, 9), Lengths(300, 24))
 _SMALL = (Lengths(1, 3), Lengths(7, 2))
+_CHUNK = 192  # tokens of a step: chunks of prompts with decodes beside them
 # Of log-probabilities: roundings to 16 bit, and few codes of a cache that they flip.
 _USUAL, _LARGEST = 0.05, 0.5
 
@@ -47,7 +48,7 @@ def _engine(weights: str, kv: str, machine: Machine) -> Mapping[str, Any]:
     source, seed = random.Random(2), torch.seed()
     vocab = _spec(machine).vocab_size
     prompts = [[source.randrange(vocab) for _ in range(length.prompt)] for length in lengths]
-    core = _core(machine, host, seed, weights, kv, lengths)
+    core = _core(machine, host, seed, weights, kv, lengths, max_num_batched_tokens=_CHUNK)
     asks = [SamplingParams(temperature=0, max_tokens=one.output, ignore_eos=True, logprobs=0) for one in lengths]
     requests, found = _serve(core, prompts, asks)
     texts = [prompt + request.sequences[0].output for prompt, request in zip(prompts, requests, strict=True)]
@@ -65,7 +66,7 @@ def _spec(machine: Machine) -> Any:
     return spec_of("llama-2-7b", small=True) if machine.small else check_spec()
 
 
-def _core(machine: Machine, host: Machine, seed: int, weights: str, kv: str, lengths: Any) -> Core:
+def _core(machine: Machine, host: Machine, seed: int, weights: str, kv: str, lengths: Any, **settings: Any) -> Core:
     """An engine on a model that depends on the seed alone, not on the machine.
 
     Its weights are what 16 bits hold. The reference and products of many tokens round what they expand: with weights
@@ -74,7 +75,7 @@ def _core(machine: Machine, host: Machine, seed: int, weights: str, kv: str, len
     torch.manual_seed(seed)
     spec = _spec(machine)
     made, _ = decoder_weights(machine, spec, weights, drawn=host, formats=UNROUNDED_FORMATS)
-    return core_of(machine, model_of(machine, Decoder(spec, made, machine.ops)), kv, lengths)
+    return core_of(machine, model_of(machine, Decoder(spec, made, machine.ops)), kv, lengths, **settings)
 
 
 def _serve(core: Core, prompts: Any, asks: Any) -> tuple[list[Any], dict[int, list[float]]]:

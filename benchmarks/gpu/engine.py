@@ -30,6 +30,7 @@ from kvant.weights.load import LoadedModel
 
 BATCHES = (1, 4, 16, 32, 64, 100)  # with 1024 new tokens each
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # of one sequence
+PROMPTS = (16, 150, 500, 1000, 2000)
 POOLS = (4, 16)  # GiB for the KV cache, whatever its format
 _CHUNK = 2048  # tokens of a step
 
@@ -59,8 +60,8 @@ class Made:
 
 
 def cases(small: bool) -> list[Case]:
-    """Decoding of each model, then throughput in equal memory, then memory; one model's weights are used in a row."""
-    return [*_decode_cases(small), *_throughput_cases(small), *_memory_cases(small)]
+    """Decoding of each model, prompts, throughput in equal memory, then memory; a model's weights are used in a row."""
+    return [*_decode_cases(small), *_prompt_cases(small), *_throughput_cases(small), *_memory_cases(small)]
 
 
 def _decode_cases(small: bool) -> Iterator[Case]:
@@ -74,6 +75,12 @@ def _decode_cases(small: bool) -> Iterator[Case]:
     for setup in setups:
         target = setup == Setup("llama-2-7b", "w4", plain)
         yield Case("engine", {"what": "decode", **setup.tags}, partial(decode, setup), 45, target=target)
+
+
+def _prompt_cases(small: bool) -> Iterator[Case]:
+    for kv in kv_formats(small):
+        setup = Setup("llama-2-7b", "w4", kv)
+        yield Case("engine", {"what": "prompt", **setup.tags}, partial(prompt, setup), 45)
 
 
 def _throughput_cases(small: bool) -> Iterator[Case]:
@@ -124,6 +131,22 @@ def _read_bytes(made: Made, core: Core, new: int) -> int:
     spec = made.model.spec
     embedding = 0 if spec.tied_embeddings else 2 * spec.vocab_size * spec.hidden_size
     return made.weight_bytes - embedding + core.memory.bytes_per_token * (1 + new // 2)
+
+
+def prompt(setup: Setup, machine: Machine) -> Mapping[str, Any]:
+    """From a request to its first token, milliseconds by the prompt's length: steps as they come, and all launched."""
+    lengths = (1, 3) if machine.small else PROMPTS
+    made = _make(machine, setup)
+    figures = {}
+    for name, eager in (("ms", False), ("launched_ms", True)):
+        core = core_of(machine, made.model, setup.kv, [Lengths(max(lengths), 1)], enforce_eager=eager)
+        figures[name] = {str(length): _first_token_ms(core, length) for length in lengths}
+    return figures
+
+
+def _first_token_ms(core: Core, prompt: int) -> float:
+    run_requests(core, [Lengths(prompt, 1)])  # compiles what the step launches
+    return median(run_requests(core, [Lengths(prompt, 1)]).seconds for _ in range(7)) * 1e3
 
 
 def throughput(setup: Setup, pool_gib: int, machine: Machine) -> Mapping[str, Any]:

@@ -72,6 +72,7 @@ def parsed() -> argparse.Namespace:
         help="measure again what is there: all, or these stages",
     )
     parser.add_argument("--changed", action="store_true", help="measure again what other code of kvant has measured")
+    parser.add_argument("--match", default="", metavar="REGEX", help="measure only what has this in its name")
     parser.add_argument("--small", action="store_true", help="miniature shapes: does everything run?")
     jobs = min(8, (os.cpu_count() or 1) // 2)
     parser.add_argument("--jobs", type=int, default=jobs, help=f"processes that check correctness ({jobs} here)")
@@ -88,7 +89,7 @@ def command(args: argparse.Namespace, run: str, deadline: float, part: str, curr
     flags = [f"--{name}" for name in ("small", "changed") if getattr(args, name)]
     only = args.only if part == "0/1" else "correctness"
     options = ["--run", run, "--deadline", str(deadline), "--only", only, "--again", args.again]
-    options += ["--part", part, "--current", current]
+    options += ["--part", part, "--current", current, "--match", args.match]
     return [sys.executable, "-m", "gpu.session", str(args.out), *options, *flags]
 
 

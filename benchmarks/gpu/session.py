@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 import traceback
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--changed", action="store_true", help="figures of other code do not count")
     parser.add_argument("--part", default="0/1", help="i/n: this one of so many shares of the cases")
     parser.add_argument("--current", default=_CURRENT, help="the file in the directory that says which case runs")
+    parser.add_argument("--match", default="", help="a regular expression: only cases with this in their names")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     results, machine = Results(args.directory), Machine.here(args.small)
@@ -58,7 +60,8 @@ def main() -> None:
     if share == 0 and "environment" not in results.of_run(args.run):
         _append(results, machine, args.run, "environment", "environment", {}, {"figures": machine.describe()})
     only, again = (tuple(filter(None, text.split(","))) for text in (args.only, args.again))
-    cases = [case for case in all_cases(args.small) if case.stage in (only or STAGES)][share::shares]
+    cases = [case for case in all_cases(args.small) if case.stage in (only or STAGES)]
+    cases = [case for case in cases if re.search(args.match, case.name)][share::shares]
     stage, left = "", left_to_do(cases, results, machine, args.run, again, args.changed)
     print(f"{len(left)} of {len(cases)} cases are to be measured on {machine.card}", flush=True)
     for case in left:

@@ -137,6 +137,18 @@ def decode_table(view: View) -> str:
     return table(["model", "weights", "KV", "tok/s", "floor", "of it"], rows)
 
 
+def prompt_table(view: View) -> str:
+    """A row a format, a column a length; behind the stroke as it is where nothing is recorded."""
+    records = [record for record in view.all("engine", what="prompt") if "figures" in record]
+    lengths = list(dict.fromkeys(length for record in records for length in record["figures"]["ms"]))
+    rows = []
+    for record in records:
+        recorded, launched = (record["figures"][name] for name in ("ms", "launched_ms"))
+        cells = [f"{number(recorded.get(length))} / {number(launched.get(length))}" for length in lengths]
+        rows.append([*_setup(record["tags"]), *cells])
+    return table(["model", "weights", "KV", *lengths], rows)
+
+
 def throughput_table(view: View) -> str:
     """All formats in equal memory."""
     rows = []
@@ -189,6 +201,7 @@ SECTIONS: Sequence[tuple[str, Callable[[View], str]]] = (
     ("Linear layers", linear_table),
     ("Other ops", small_table),
     ("Decoding one sequence: prompt 1, 512 new", decode_table),
+    ("From a request to its first token, ms by the prompt's length: steps recorded / all launched", prompt_table),
     ("Throughput: lengths like those of chats, all requests there at the start", throughput_table),
     ("Memory of Qwen-7B by batch, 1024 tokens each, GB", lambda view: memory_table(view, "batch")),
     ("Memory of Qwen-7B by length, one sequence, GB", lambda view: memory_table(view, "new")),

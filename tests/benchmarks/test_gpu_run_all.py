@@ -66,6 +66,7 @@ def test_a_run_goes_on_where_the_last_one_stopped(tmp_path):
     lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
     assert [json.loads(line)["name"].split("/")[0] for line in lines] == ["environment", *["ceilings"] * 3]
     (tmp_path / "results.jsonl").write_text("".join(lines[:-1]))
+    assert "0 of 0 cases" in run(tmp_path, "--only", "ceilings", "--match", "engine")
     again = run(tmp_path, "--only", "ceilings")
     assert "ceilings/copy" not in again
     assert "ceilings/int8" in again

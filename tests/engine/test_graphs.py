@@ -1,4 +1,4 @@
-"""Recorded decode steps give what launched ones give: padding, tables and numbers are all in place.
+"""Recorded steps give what launched ones give: padding, tables and numbers are all in place.
 
 Here "recording" keeps the function, and "replaying" calls it, on the fixed memory.
 """
@@ -14,10 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvant.cache.store import KVStore, SwapSpace
-from kvant.config import SamplingParams
+from kvant.config import SamplingParams, StepLimits
+from kvant.engine.batch import Batch
 from kvant.engine.core import Core
-from kvant.engine.graphs import DecodeGraphs, batch_sizes
+from kvant.engine.decode_graphs import batch_sizes
+from kvant.engine.graphs import StepGraphs
+from kvant.engine.prompt_graphs import prompt_sizes
 from kvant.engine.runner import Runner
+from kvant.kernels.reference import ReferenceOps
 from tests.engine.drive import PLANS, Ask, assert_same, core_of, drive, text
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -29,9 +33,26 @@ def test_sizes_are_close_where_padding_costs_most():
     assert batch_sizes(50) == (1, 2, 4, 8, 16, 32, 48, 50)
 
 
-def recording(core: Core, calls: list[int], sizes: int) -> Core:
-    """The core, its decode steps recorded."""
+def test_a_prompt_has_room_beside_as_many_sequences_as_half_of_its_tokens():
+    assert prompt_sizes(31, 8) == {}
+    assert prompt_sizes(200, 40) == {32: 16, 64: 32, 128: 40, 192: 40}
+
+
+class OfTensors(ReferenceOps):
+    """As kernels see a batch: what is where stands in tensors, the tuples are of the recording."""
+
+    def attention(self, q, cache, batch, shape):
+        starts, lengths = tuple(batch.starts.tolist()), tuple(batch.lengths.tolist())
+        out = super().attention(q, cache, replace(batch, query_starts=starts, context_lens=lengths), shape)
+        out[starts[-1] :] = 0  # of nobody's tokens: anything, but the reference stops at what is not finite
+        return out
+
+
+def recording(core: Core, calls: list[int], sequences: int, tokens: int = 0) -> Core:
+    """The core, its steps of so many sequences recorded, those with prompts up to so many tokens."""
     decoder, store = core._model.decoder, core.store
+    if type(decoder.ops) is ReferenceOps:
+        decoder = decoder.with_ops(OfTensors())
     # One more block, as the core itself has it where it records.
     blocks = torch.cat([store.blocks, torch.zeros_like(store.blocks[:1])])
     larger = KVStore.allocate(
@@ -47,11 +68,11 @@ def recording(core: Core, calls: list[int], sizes: int) -> Core:
         function()
         return replay
 
-    graphs = DecodeGraphs(
+    graphs = StepGraphs(
         decoder,
         larger,
         spare_block=len(blocks) - 1,
-        max_num_seqs=sizes,
+        limits=StepLimits(sequences, tokens, overlapping=False),
         max_model_len=core.max_model_len,
         recorder=record,
     )
@@ -68,13 +89,19 @@ def asks() -> list[Ask]:
     ]
 
 
+@pytest.mark.parametrize("tokens", [0, 64])
 @pytest.mark.parametrize("overlapping", [False, True])
 @pytest.mark.parametrize("plan", ["fp32", "int8", "mixed"])
-def test_recorded_steps_give_what_launched_ones_give(tiny_model, plan, overlapping):
+def test_recorded_steps_give_what_launched_ones_give(tiny_model, plan, overlapping, tokens, monkeypatch):
     settings = {"enable_prefix_caching": False, "max_num_seqs": 8, "async_scheduling": overlapping}
+    settings |= {"max_num_batched_tokens": 60}
     calls: list[int] = []
-    outcome = drive(recording(core_of(tiny_model, PLANS[plan], **settings), calls, 8), asks())
-    assert_same(outcome, drive(core_of(tiny_model, PLANS[plan], **settings), asks()))
+    expected = drive(core_of(tiny_model, PLANS[plan], **settings), asks())
+    core = recording(core_of(tiny_model, PLANS[plan], **settings), calls, 8, tokens)
+    if tokens:
+        monkeypatch.delattr(Batch, "to")  # what is launched would be sent
+    outcome = drive(core, asks())
+    assert_same(outcome, expected)
     assert len(calls) >= 13
     for mine, request in zip(outcome.requests, asks(), strict=True):
         assert (request[1].logprobs is None) == (mine.sampling.logprobs is None)
@@ -110,10 +137,11 @@ def test_numbers_that_are_not_finite_are_seen(tiny_model):
     core = recording(core_of(tiny_model, max_num_seqs=4), calls, 4)
     run = core._runner._graphs.run
 
-    def marked(batch, ids):
-        logits, bad = run(batch, ids)
-        bad[1] = 1
-        return logits, bad
+    def marked(batch, ends, ids):
+        found = run(batch, ends, ids)
+        if found is not None:
+            found[1][1] = 1
+        return found
 
     core._runner._graphs.run = marked
     requests = [core.request(text(seed, 9), asks()[0][1], lambda *event: None) for seed in range(3)]
@@ -156,15 +184,15 @@ def test_the_memory_that_a_graph_was_recorded_on_is_kept(tiny_model):
             function()
         return lambda: None
 
-    graphs = DecodeGraphs(
+    graphs = StepGraphs(
         core._model.decoder,
         core.store,
         spare_block=0,
-        max_num_seqs=2,
+        limits=StepLimits(2, 64, overlapping=False),
         max_model_len=core.max_model_len,
         recorder=record,
     )
     gc.collect()
-    assert graphs.sizes == (1, 2)
+    assert graphs._decodes.sizes == (1, 2)
     assert len(seen.found) > 20
     assert seen.found <= places([one for one in gc.get_objects() if type(one) is torch.Tensor])

@@ -13,8 +13,9 @@ from kvant.cache.memory import available_memory, device_memory
 from kvant.cache.prefix import PrefixTree
 from kvant.cache.store import KVStore, MemoryReport, SwapSpace, fit_pool
 from kvant.config import EngineConfig, SamplingParams
-from kvant.engine.graphs import CudaRecorder, DecodeGraphs
+from kvant.engine.graphs import StepGraphs
 from kvant.engine.profile import step_memory
+from kvant.engine.recorder import CudaRecorder
 from kvant.engine.runner import Flight, Runner
 from kvant.engine.scheduler import Scheduler
 from kvant.engine.sequence import Failure, Plan, Request, Sink, TokenEvent
@@ -106,19 +107,19 @@ class Core:
             max_steps=_BURST_STEPS if bursts else 1,
         )
 
-    def _record(self) -> DecodeGraphs:
+    def _record(self) -> StepGraphs:
         try:
-            return DecodeGraphs(
+            return StepGraphs(
                 self._model.decoder,
                 self.store,
                 spare_block=self.memory.num_blocks,
-                max_num_seqs=self._limits.max_num_seqs,
+                limits=self._limits,
                 max_model_len=self.max_model_len,
                 recorder=CudaRecorder(),
             )
         except torch.OutOfMemoryError as error:
             raise MemoryFitError(
-                "recording the decode steps takes more memory than the KV cache leaves; lower kv_cache_memory or "
+                "recording steps takes more memory than the KV cache leaves; lower kv_cache_memory or "
                 "max_num_seqs, or set enforce_eager=True"
             ) from error
 
@@ -227,7 +228,7 @@ class Core:
 
 
 def _records(model: LoadedModel, config: EngineConfig) -> bool:
-    """Whether decode steps are recorded."""
+    """Whether steps are recorded."""
     ops = model.decoder.ops
     return ops.device.type == "cuda" and ops.capturable and not config.enforce_eager
 

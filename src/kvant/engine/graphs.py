@@ -1,89 +1,27 @@
-"""Decode steps as recorded graphs: one launch instead of hundreds, which for small batches is most of the time.
-
-A graph computes on memory that stays where it is. So a step's numbers are copied into one buffer in one piece, the
-batch is padded to the size that a graph was recorded for, and what is beyond the batch writes into a block of its own.
-"""
+"""Recorded steps: which of them there are, and which one a batch takes."""
 
 from __future__ import annotations
-
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kvant.cache.blocks import Paging
 from kvant.cache.store import KVStore
+from kvant.config import StepLimits
 from kvant.engine.batch import Batch
-from kvant.kernels.ops import AttentionBatch
-from kvant.kernels.transfer import sent
+from kvant.engine.decode_graphs import DecodeGraphs
+from kvant.engine.prompt_graphs import PromptGraphs
+from kvant.engine.recorder import Recorder
 from kvant.models.decoder import Decoder
 
-logger = logging.getLogger("kvant")
 
-_NUMBERS = 5  # a sequence's id, position, slot, rope length and context length
-Replay = Callable[[], None]
-
-
-class Recorder(Protocol):
-    """Makes a function on fixed memory repeatable."""
-
-    def __call__(self, function: Callable[[], None]) -> Replay:
-        """What does the same again, on what the memory then holds."""
-
-
-class CudaRecorder:
-    """Records CUDA graphs, which share one pool of memory: only one of them runs at a time.
-
-    On one stream, since libraries make a workspace for each stream that they see.
-    """
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-        self._stream = torch.cuda.Stream()
-
-    def __call__(self, function: Callable[[], None]) -> Replay:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            function()  # compiles kernels, and lets libraries make their workspaces
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may load another model meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            function()
-        self._pool = self._pool or graph.pool()
-        replay: Replay = graph.replay
-        return replay
-
-
-def batch_sizes(largest: int) -> tuple[int, ...]:
-    """The sizes that are recorded: small ones closely, where padding costs most, then every sixteenth.
-
-    Between 1 and `largest`, which is one of them.
-    """
-    sizes = {1, 2, 4, 8, *range(16, largest + 1, 16), largest}
-    return tuple(sorted(size for size in sizes if size <= largest))
-
-
-@dataclass(frozen=True)
-class _Fixed:
-    """The memory of all graphs: the step's numbers as they arrive, the tables, and what comes out."""
-
-    numbers: Tensor
-    tables: Tensor
-    logits: Tensor
-
-
-class DecodeGraphs:
-    """A decoder's decode steps, recorded for some batch sizes when it is made.
+class StepGraphs:
+    """A decoder's steps, recorded when it is made.
 
     Args:
         decoder: the model.
         store: its KV store; `spare_block` is one of its blocks that no sequence has.
         spare_block: see there.
-        max_num_seqs: the largest batch.
+        limits: of a step.
         max_model_len: the longest context.
         recorder: how a step is recorded.
     """
@@ -94,112 +32,37 @@ class DecodeGraphs:
         store: KVStore,
         *,
         spare_block: int,
-        max_num_seqs: int,
+        limits: StepLimits,
         max_model_len: int,
         recorder: Recorder,
     ) -> None:
-        device, width = decoder.ops.device, store.paging.blocks_for(max_model_len)
-        self._decoder = decoder
-        self._store = store
-        self._longest = max_model_len
-        self._padding = _padding(spare_block, store.paging, max_num_seqs)
-        self._tables: Tensor | None = None  # as they are on the device
-        self._fixed = _Fixed(
-            numbers=torch.zeros(_NUMBERS * max_num_seqs, dtype=torch.int64, device=device),
-            tables=torch.full((max_num_seqs, width), spare_block, dtype=torch.int64, device=device),
-            logits=torch.zeros(max_num_seqs, decoder.spec.vocab_size, device=device),
-        )
-        self._sizes = batch_sizes(max_num_seqs)
-        logger.info("recording decode steps for %d batch sizes up to %d", len(self._sizes), max_num_seqs)
+        logits = torch.zeros(limits.max_num_seqs, decoder.spec.vocab_size, device=decoder.ops.device)
         # The largest first: the others fit in its memory.
-        self._steps: Mapping[int, _Step] = {size: self._record(size, recorder) for size in reversed(self._sizes)}
+        self._prompts = PromptGraphs(
+            decoder,
+            store,
+            spare_block=spare_block,
+            logits=logits,
+            max_tokens=limits.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            recorder=recorder,
+        )
+        self._decodes = DecodeGraphs(
+            decoder, store, spare_block=spare_block, logits=logits, max_model_len=max_model_len, recorder=recorder
+        )
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The batch sizes that are recorded, in order."""
-        return self._sizes
+    def run(self, batch: Batch, ends: list[int], ids: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """The logits [R, vocab] float32 of the tokens `ends`, and [T] int32, not 0 where a key or value is not finite.
 
-    def fits(self, batch: Batch) -> bool:
-        """Whether a step is one that is recorded: every sequence computes one token."""
-        count = len(batch.ids)
-        return count == len(batch.attention.context_lens) and count <= self.sizes[-1]
-
-    @torch.inference_mode()
-    def run(self, batch: Batch, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A step's logits [T, vocab] float32, and [T] int32 that is not 0 where a key or value is not finite.
-
-        Both are valid until the next run.
+        Both are valid until the next run. None where no such step is recorded.
 
         Args:
-            batch: of the host; `fits` has taken it.
-            ids: [T] int64 on the device, in place of the batch's.
+            batch: of the host.
+            ends: R of its tokens, in order.
+            ids: [T] int64 on the device, in place of the batch's, of steps that decode alone.
         """
-        count = len(batch.ids)
-        size = next(size for size in self.sizes if size >= count)
-        step = self._steps[size]
-        self._fill(batch, size)
-        if ids is not None:
-            self._fixed.numbers[:count] = ids
-        step.replay()
-        return self._fixed.logits[:count], step.attention.not_finite[:count]
-
-    def _fill(self, batch: Batch, size: int) -> None:
-        count, attention = len(batch.ids), batch.attention
-        device = self._fixed.numbers.device
-        numbers = self._padding[:, :size].clone()
-        rows = (batch.ids, attention.positions, attention.slots, batch.rope_lengths, attention.lengths)
-        for row, values in enumerate(rows):
-            numbers[row, :count] = values
-        tables, known = attention.block_tables, self._tables
-        if known is not None and torch.equal(known, tables):
-            [there] = sent([numbers], device)
-        else:
-            self._tables = tables
-            there, moved = sent([numbers, tables], device)
-            self._fixed.tables[:count, : tables.shape[1]] = moved
-        self._fixed.numbers[: _NUMBERS * size] = there.flatten()
-        if count < size:
-            # A row beyond the batch has one token of context, in its first block.
-            self._fixed.tables[count:size, 0] = int(self._padding[2, 0]) // self._store.paging.block_size
-
-    def _record(self, size: int, recorder: Recorder) -> _Step:
-        ids, positions, slots, rope_lengths, lengths = self._fixed.numbers[: _NUMBERS * size].view(_NUMBERS, size)
-        attention = AttentionBatch(
-            positions=positions,
-            slots=slots,
-            query_starts=tuple(range(size + 1)),
-            context_lens=(self._longest,) * size,
-            block_tables=self._fixed.tables[:size],
-        )
-        # Made now, so that the graph has their addresses; it does not keep them.
-        assert len(attention.starts) == size + 1
-        context, not_finite = attention.lengths, attention.not_finite
-        logits = self._fixed.logits[:size]
-
-        def step() -> None:
-            context.copy_(lengths)
-            not_finite.zero_()
-            hidden = self._decoder.forward(ids, attention, rope_lengths, self._store.layers)
-            logits.copy_(self._decoder.logits(hidden))
-
-        self._fill_with_padding(size)
-        with torch.inference_mode():
-            return _Step(recorder(step), attention)
-
-    def _fill_with_padding(self, size: int) -> None:
-        """Recording runs the step too: on nobody's tokens."""
-        self._fixed.numbers[: _NUMBERS * size] = self._padding[:, :size].flatten().to(self._fixed.numbers.device)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A recorded step, and the batch that it computes: memory that it reads, and where it marks what is not finite."""
-
-    replay: Replay
-    attention: AttentionBatch
-
-
-def _padding(block: int, paging: Paging, count: int) -> Tensor:
-    """The numbers of rows that are nobody's, [_NUMBERS, count]: token 0, at the beginning of a text of one token."""
-    column = torch.tensor([0, 0, block * paging.block_size + paging.lead, 1, 1])
-    return column.unsqueeze(1).expand(-1, count).contiguous()
+        if self._decodes.fits(batch, ends):
+            return self._decodes.run(batch, ids)
+        if ids is None and self._prompts.fits(batch, ends):
+            return self._prompts.run(batch, ends)
+        return None

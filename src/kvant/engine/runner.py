@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvant.cache.store import KVStore, SwapSpace
 from kvant.engine.batch import Batch, build_batch
-from kvant.engine.graphs import DecodeGraphs
+from kvant.engine.graphs import StepGraphs
 from kvant.engine.logprobs import logprob_rows, told
 from kvant.engine.sampler import Sampler, sampling_batch
 from kvant.engine.sequence import Plan, Row, Sampled, Sequence
@@ -71,9 +71,9 @@ class _Arriving:
 
 
 class Runner:
-    """A decoder with its KV store and swap space; `graphs` has its decode steps recorded, where a device has such."""
+    """A decoder with its KV store and swap space; `graphs` has its steps recorded, where a device has such."""
 
-    def __init__(self, decoder: Decoder, store: KVStore, swap: SwapSpace, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(self, decoder: Decoder, store: KVStore, swap: SwapSpace, graphs: StepGraphs | None = None) -> None:
         self.interrupt = Interrupt()  # of bursts
         self._decoder = decoder
         self._store = store
@@ -122,17 +122,19 @@ class Runner:
         self, plan: Plan, batch: Batch, ids: Tensor | None, samplers: List[Sequence]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The logits of those who sample, and which tokens are not finite, where the backend leaves that to be seen."""
-        alone = samplers == [row.sequence for row in plan.rows]
-        if alone and self._graphs is not None and self._graphs.fits(batch):
-            return self._graphs.run(batch, ids)
+        spans = list(pairwise(batch.attention.query_starts))
+        ends = [stop - 1 for row, (_, stop) in zip(plan.rows, spans, strict=True) for _ in row.samplers]
+        reported = [row for row in plan.rows if row.sequence.request.sampling.prompt_logprobs is not None]
+        if self._graphs is not None and not reported:
+            recorded = self._graphs.run(batch, ends, ids)
+            if recorded is not None:
+                return (recorded[0] if ends else None), recorded[1]
         on_device = batch.to(self._decoder.ops.device)
         ids = on_device.ids if ids is None else ids
         hidden = self._decoder.forward(ids, on_device.attention, on_device.rope_lengths, self._store.layers)
-        spans = list(pairwise(batch.attention.query_starts))
         for row, (start, stop) in zip(plan.rows, spans, strict=True):
-            if row.sequence.request.sampling.prompt_logprobs is not None:
+            if row in reported:
                 self._collect_prompt_logprobs(row, hidden[start:stop])
-        ends = [stop - 1 for row, (_, stop) in zip(plan.rows, spans, strict=True) for _ in row.samplers]
         bad = on_device.attention.reported_not_finite
         return self._decoder.logits(_chosen(hidden, ends)) if ends else None, bad
 

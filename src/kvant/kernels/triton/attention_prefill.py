@@ -37,7 +37,7 @@ SINK_ROWS = 16  # rows of the sinks' tile: the fewest that tensor cores take
 def _tile_of(starts, tile, sequences, FEWEST: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr):
     """The sequence that a tile of TOKENS new tokens belongs to, and which of its tiles it is.
 
-    Sequences with less than FEWEST new tokens have no tiles.
+    Sequences with less than FEWEST new tokens have no tiles; after the last tile comes one past the last sequence.
     """
     sequence = tl.arange(0, PADDED)
     there = sequence < sequences
@@ -185,6 +185,8 @@ def _attend_rows(
     V_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(V_STORED))
     # The last tiles of a prompt have the longest contexts: they go first.
     sequence, tile = _tile_of(starts, tiles - 1 - tl.program_id(0), sequences, FEWEST, TOKENS, PADDED)
+    if sequence >= sequences:
+        return
     head, piece = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS
     start, length = tl.load(starts + sequence), tl.load(lengths + sequence)
     count = tl.load(starts + sequence + 1) - start
@@ -310,8 +312,7 @@ def attention_prefill(
     group = shape.num_heads // shape.num_kv_heads
     members = min(group, config.blocks["ROWS"])
     held = config.blocks["ROWS"] // members
-    counts = [stop - start for start, stop in pairwise(batch.query_starts)]
-    tiles = sum(triton.cdiv(count, held) for count in counts if count >= fewest)
+    tiles = triton.cdiv(tokens, held) + sequences  # at most, however the tokens are distributed
     sums = empty(torch.float32, *q.shape) if values.hadamard > 1 else out
     _attend_rows[(tiles, shape.num_kv_heads * triton.cdiv(group, members))](
         queries, sums, batch.starts, **tables, tiles=tiles, sink_keys=sink_keys, sink_values=sink_values,
