@@ -185,11 +185,11 @@ def _attend_rows(
     V_WIDTH: tl.constexpr = max(16, triton.next_power_of_2(V_STORED))
     # The last tiles of a prompt have the longest contexts: they go first.
     sequence, tile = _tile_of(starts, tiles - 1 - tl.program_id(0), sequences, FEWEST, TOKENS, PADDED)
-    if sequence >= sequences:
-        return
     head, piece = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS
-    start, length = tl.load(starts + sequence), tl.load(lengths + sequence)
-    count = tl.load(starts + sequence + 1) - start
+    there = sequence < sequences  # else there is nothing to do: all loops are empty
+    sequence, tile = tl.where(there, sequence, 0), tl.where(there, tile, 0)
+    start, length = tl.load(starts + sequence, there, 0), tl.load(lengths + sequence, there, 0)
+    count = tl.load(starts + sequence + 1, there, 0) - start
     row = tl.arange(0, ROWS)
     token, member = tile * TOKENS + row // MEMBERS, piece * MEMBERS + row % MEMBERS
     held = ((row // MEMBERS < TOKENS) & (token < count) & (member < GROUP))[:, None]
