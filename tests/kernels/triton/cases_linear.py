@@ -50,6 +50,7 @@ CASES = (
     _case(1, 4, 32, "bias", BFLOAT),
     _case(1, 8, K, "symmetric", BFLOAT),
     _case(64, 4, 128, "zero", BFLOAT),
+    _case(100, 4, 128, "zero", BFLOAT),
     _case(256, 4, 128, "symmetric", BFLOAT),
     _case(1, 4, 64, "symmetric", BFLOAT, slow=True),
     _case(1, 8, 32, "symmetric", HALF, slow=True),

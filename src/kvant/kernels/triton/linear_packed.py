@@ -40,9 +40,9 @@ def default(m: int, weight: SpanCodes, dtype: torch.dtype) -> Config:
     """A good configuration for any card."""
     if m > (_MANY_IN_FLOAT32 if dtype == torch.float32 else _MANY):
         return EXPAND
-    tokens = min(_tokens(m), 128)
-    if tokens > 64:
-        return _config(m, weight, 128, tokens, 128, 8, 3, 1, fold=0)
+    tokens = _tokens(m)
+    if tokens > 64:  # 64 at a time: for 128 there are no registers for a second sum, and few programs
+        return _config(m, weight, 128, 64, 128, 4, 3, 2, fold=1)
     if tokens == 64:
         return _config(m, weight, 128, tokens, 128, 8, 3, 2, fold=1)
     return _config(m, weight, 128, tokens, 128, 4, 3, 3, fold=1)
