@@ -25,7 +25,7 @@ struct Heads {
 
 // Calls body(constant, first) for blocks of up to N heads.
 template <int N, class Body>
-inline void for_heads(int heads, Body body) {
+inline void for_heads(int heads, const Body& body) {
   for (int h = 0; h < heads; h += N) with_count<N>(std::min(N, heads - h), [&](auto n) { body(n, h); });
 }
 
@@ -125,12 +125,12 @@ struct Mixed {
   }
 
   // Adds a span's tokens, and asks for `after` at the end.
-  void add(const Place& at, const Span& it, int heads, Scores& scores, Ahead after) {
+  void add(const Place& at, const Span& it, int heads, Scores& scores, const Ahead& after) {
     for (int h = 0; h < heads; ++h) softmax[h].raise(scores.of(h), it.size);
     if (!integer)
       for (int h = 0; h < heads; ++h) softmax[h].weigh(scores.of(h), it.size);
     for (int i = 0; i < it.count; ++i) {
-      const Ahead next = i + 1 < it.count ? Ahead(at.layer.value, at.dim, it.runs[i + 1]) : after;
+      Ahead next = i + 1 < it.count ? Ahead(at.layer.value, at.dim, it.runs[i + 1]) : after;
       if (integer) add_codes(at, it, it.runs[i], heads, scores, next);
       else add_floats(at, it, it.runs[i], heads, scores, next);
     }
@@ -153,7 +153,7 @@ struct Mixed {
   }
 
  private:
-  void add_floats(const Place& at, const Span& it, const Run& run, int heads, Scores& scores, Ahead next) {
+  void add_floats(const Place& at, const Span& it, const Run& run, int heads, Scores& scores, Ahead& next) {
     const int from = std::max(it.from, run.begin), to = std::min(it.to, run.end);
     const Spot spot = run.spot + (from - run.begin);
     const Side& value = at.layer.value;
@@ -174,7 +174,7 @@ struct Mixed {
     }
   }
 
-  void add_codes(const Place& at, const Span& it, const Run& run, int heads, Scores& scores, Ahead next) {
+  void add_codes(const Place& at, const Span& it, const Run& run, int heads, Scores& scores, Ahead& next) {
     const Side& value = at.layer.value;
     const Steps steps(value, at.kv_head, meta_at(value, run.spot), run.end - run.begin, it.from - run.begin,
                       it.to - run.begin);
@@ -194,7 +194,7 @@ struct Mixed {
   }
 
   template <Codes Kind>
-  void mix(const Place& at, const Run& run, int heads, const Weights* weights, const float* units, Ahead next) {
+  void mix(const Place& at, const Run& run, int heads, const Weights* weights, const float* units, Ahead& next) {
     const uint8_t* rows = codes_at<uint8_t>(at.layer.value, at.dim, run.spot);
     const int size = at.dim / groups_of(at.layer.value), tokens = run.end - run.begin;
     for (int d = 0; d < at.dim; d += 32, rows += Kind == kCodes4 ? 16 : 32) {
@@ -223,11 +223,12 @@ struct Mixed {
     alignas(kAlign) float scaled[kMaxShared][Groups][kTile];
     const float most = narrow ? kTopNarrow : kTopWide;
     const int slot = static_cast<int>((it.first + first) % kTile);
+    float tops[kMaxShared];
     for (int h = 0; h < heads; ++h)
-      units[h] =
-          scale_weights<Groups>(scores.of(h) + first, steps, count, softmax[h], shifts[h], scaled[h]) / most;
+      tops[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, softmax[h], shifts[h], scaled[h]);
     for (int h = 0; h < heads; ++h) {
-      const float inverse = units[h] > 0 ? 1.0f / units[h] : 0.0f;
+      const float inverse = tops[h] > 0 ? most / tops[h] : 0.0f;
+      units[h] = tops[h] * (1 / most);
       for (int g = 0; g < Groups; ++g) {
         const float* x = scaled[h][g];
         int16_t* out = rounded[h][g];
@@ -311,7 +312,7 @@ struct Split {
 
 // One part of a context for the query heads from `head` on; `after` is what comes next.
 inline void attend_split(const AttentionWork& work, const Place& at, const Heads& heads, int token, int head, int split,
-                         Ahead after) {
+                         const Ahead& after) {
   const Split part(at, work.batch->positions[token], split);
   const int64_t sunk = std::min<int64_t>(part.stop, at.layer.sinks);
   const bool has_sinks = part.start < sunk;

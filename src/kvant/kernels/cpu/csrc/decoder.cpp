@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kLanes = 8;          // behind a quantized row's numbers so many are read and not used
-constexpr int64_t kTokenBlock = 96;    // tokens whose inputs stay in the cache while weights pass by
+constexpr int64_t kTokenBlock = 256;   // tokens whose inputs stay in the cache while weights pass by
 constexpr int kSplitsAtOnce = 2;       // of a context, in one unit of work for several threads
 constexpr int64_t kHeadsWritten = 4;   // side by side where there is one token
 constexpr int64_t kPartColumns = 512;  // at least so many a part of a panel's inputs has

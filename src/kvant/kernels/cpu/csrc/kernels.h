@@ -59,6 +59,12 @@ struct Streams {
       : width(streams), stride(blocks / streams), steps(blocks / streams + blocks % streams) {}
 };
 
+// Row blocks that are worked on together: the first, and how far apart they lie.
+struct Blocks {
+  int first, stride;
+  int operator[](int b) const { return first + b * stride; }
+};
+
 // How far ahead of what one token reads of a matrix of codes, in bytes of each stream, a core is told of it; 0 where it
 // is better left alone. Intel's looks no further than a page by itself (Emerald Rapids: 27.9 GB/s, 30.1 when told). Zen 4
 // reads 36 GB/s by itself, and 25 to 28 when told. Compiled for every instruction set: no vectors here.
@@ -69,6 +75,13 @@ inline int64_t reads_ahead() {
 #else
   return 0;
 #endif
+}
+
+// Asks for memory that is needed soon, in the second cache: a CPU waits for few lines at once on their way to the
+// first, and stalls when it is asked for more.
+inline void bring_near(const void* from, int64_t bytes) {
+  constexpr int kSecondCache = 2;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, kSecondCache);
 }
 
 struct AttentionWork {

@@ -75,9 +75,12 @@ inline void quantize_query(const Side& side, const float* q, int dim, IntegerQue
   }
 }
 
+// Bodies are taken by reference, here and below: a copy of what one captures is written word by word and read back
+// whole, for which a CPU waits until all of it has left for the cache.
+//
 // Calls body(constant) with `count` as a compile-time constant, 1 to N.
 template <int N, class Body>
-inline void with_count(int count, Body body) {
+inline void with_count(int count, const Body& body) {
   if constexpr (N > 1) {
     if (count < N) return with_count<N - 1>(count, body);
   }
@@ -86,7 +89,7 @@ inline void with_count(int count, Body body) {
 
 // Calls body(count), where that is kTile as a constant: then loops of so many steps end without a wrong guess.
 template <class Body>
-inline void with_tile(int count, Body body) {
+inline void with_tile(int count, const Body& body) {
   count == kTile ? body(std::integral_constant<int, kTile>()) : body(count);
 }
 

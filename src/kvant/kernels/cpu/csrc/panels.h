@@ -24,12 +24,6 @@ constexpr int kUnits = Dot::kUnits;
 constexpr float kScaleTop = 32767, kScaleUnit = 32768;
 constexpr float kScaleSum = 65000;  // of a token's scales: times 32 * 8 * 127 it stays below 2^31, rounding included
 
-// Row blocks that are worked on together: the first, and how far apart they lie.
-struct Blocks {
-  int first, stride;
-  int operator[](int b) const { return first + b * stride; }
-};
-
 inline int num_spans(const Weight& w, int padded) { return (padded + w.group - 1) / w.group; }
 
 // What a code of 0 stands for, of 8 rows: the bias, or what a zero point of 8 bits makes of the scale, exactly.
@@ -283,12 +277,12 @@ inline void unpack_panel(const Weight& w, const Cut& cut, int padded, Blocks blo
       const uint8_t* first = codes + int64_t{r} * kUnits * bytes;
       const uint8_t* second = first + (r * kUnits + 1 < units ? bytes : 0);
       uint8_t* to = out.codes + (r - begin) * cut.steps() * stride + b * 32;
-      for (int i = 0; i < kUnits * bytes; i += 64)
-        __builtin_prefetch(first + int64_t{end - begin} * kUnits * bytes + i);  // the stream's next panel
+      bring_near(first + int64_t{end - begin} * kUnits * bytes, kUnits * bytes);  // the stream's next panel
       cut.planes == 1 ? unpack_round<1>(first, second, cut.unit, stride, plane, to)
                       : unpack_round<2>(first, second, cut.unit, stride, plane, to);
     }
     const uint16_t* scales = w.scales + int64_t{blocks[b]} * num_spans(w, padded) * kRowBlock;
+    bring_near(scales + last * cut.unit / w.group * kRowBlock, (last - begin * kUnits) * kRowBlock * 2);
     out.tops[b] = unpack_scales(w, scales, cut, begin * kUnits, last, NB * 16, out.scales + b * 16);
   }
 }
@@ -335,7 +329,8 @@ inline void panel_floats(const uint8_t* codes, const int16_t* scales, const int3
 template <bool First, int Steps, int M>
 inline void panel_floats(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, const F8* tops,
                          const float* steps, float factor, F8 (&y)[M][4]) {
-  __m512i sums[M][2] = {};
+  __m512i sums[M][2];
+  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_si512();
   for (int r = 0; r < rounds; ++r, scales += 64) {
     __m512i dots[M][2];
     for (int m = 0; m < M; ++m) dots[m][0] = dots[m][1] = _mm512_set1_epi32(x[m]);

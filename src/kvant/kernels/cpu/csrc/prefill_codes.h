@@ -117,7 +117,7 @@ struct CodeTile {
 // for as many lanes at a time as a register has. Codes are unsigned, or else the rows' numbers are.
 #if defined(__AVX512VNNI__)
 template <int Steps, int Pitch, bool Unsigned, class Use>
-inline void code_dots(const uint8_t* codes, const int8_t* x, Use use) {
+inline void code_dots(const uint8_t* codes, const int8_t* x, const Use& use) {
   __m512i dots[kRowTile] = {};
   for (int first = 0; first < Steps; first += kStepsAtOnce) {
     KVANT_UNROLL
@@ -133,7 +133,7 @@ inline void code_dots(const uint8_t* codes, const int8_t* x, Use use) {
 }
 #else
 template <int Steps, int Pitch, bool Unsigned, class Use>
-inline void code_dots(const uint8_t* codes, const int8_t* x, Use use) {
+inline void code_dots(const uint8_t* codes, const int8_t* x, const Use& use) {
   static_assert(Steps * 2 * (Unsigned ? 15 : 8) * 127 <= 32767, "sums fit 16 bits");
   Dot dots[kRowTile][2];
   for (int first = 0; first < Steps; first += kStepsAtOnce) {

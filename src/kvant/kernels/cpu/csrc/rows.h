@@ -49,8 +49,7 @@ inline int find_runs(const Place& at, int64_t first, int from, int to, Run* runs
   return count;
 }
 
-// Has a run's vectors brought to the second cache before they are needed, eight at a time while others are worked on.
-// A CPU waits for few lines at once on their way to the first cache, and stalls when it is asked for more.
+// Has a run's vectors brought near before they are needed, eight at a time while others are worked on.
 class Ahead {
  public:
   Ahead() = default;
@@ -62,8 +61,8 @@ class Ahead {
   // Asks for the eight that follow those of the last call.
   void ask() {
     if (!left_) return;
-    for (int b = 0; b < code_step_; b += 64) __builtin_prefetch(codes_ + b, 0, kSecondCache);
-    if (meta_step_) __builtin_prefetch(meta_, 0, kSecondCache);
+    bring_near(codes_, code_step_);
+    bring_near(meta_, std::min(meta_step_, 1));  // one line
     codes_ += code_step_, meta_ += meta_step_, --left_;
   }
   void ask_all() {
@@ -71,7 +70,6 @@ class Ahead {
   }
 
  private:
-  static constexpr int kSecondCache = 2;
   int left_ = 0;
   const char *codes_ = nullptr, *meta_ = nullptr;
   int code_step_ = 0, meta_step_ = 0;
