@@ -156,7 +156,7 @@ class EngineConfig:
             a float fraction of free memory. Where it is full, or None, they are computed again.
         num_threads: CPU threads; None leaves the choice to the backend (all cores).
         device: "cpu", "cuda", one GPU of several as "cuda:1", or "auto": a GPU where there is one.
-        enforce_eager: on a GPU, launch every kernel of every step instead of recording decode steps as CUDA graphs.
+        enforce_eager: on a GPU, launch every kernel of every step instead of recording steps as CUDA graphs.
         async_scheduling: launch a step before the last one's tokens are known; None does so on a GPU.
         seed: for requests that bring no seed of their own; None draws a fresh one for each.
         quant_policy: LMDeploy's alias of kv_cache_dtype: 0 (auto), 4 (int4), 8 (int8).

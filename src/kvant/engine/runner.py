@@ -124,7 +124,7 @@ class Runner:
         """The logits of those who sample, and which tokens are not finite, where the backend leaves that to be seen."""
         spans = list(pairwise(batch.attention.query_starts))
         ends = [stop - 1 for row, (_, stop) in zip(plan.rows, spans, strict=True) for _ in row.samplers]
-        reported = [row for row in plan.rows if row.sequence.request.sampling.prompt_logprobs is not None]
+        reported = [row for row in plan.rows if row.tells_of_its_prompt]
         if self._graphs is not None and not reported:
             recorded = self._graphs.run(batch, ends, ids)
             if recorded is not None:

@@ -155,6 +155,12 @@ class Row(NamedTuple):
     stop: int
     samplers: tuple[Sequence, ...]
 
+    @property
+    def tells_of_its_prompt(self) -> bool:
+        """Whether somebody wants to know how likely the prompt's tokens are that follow this row's."""
+        request = self.sequence.request
+        return request.sampling.prompt_logprobs is not None and self.start < len(request.prompt) - 1
+
     def moved(self, steps: int) -> Row:
         """As much, so many tokens further on."""
         return Row(self.sequence, self.start + steps, self.stop + steps, self.samplers)

@@ -227,8 +227,8 @@ struct Mixed {
     for (int h = 0; h < heads; ++h)
       tops[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, softmax[h], shifts[h], scaled[h]);
     for (int h = 0; h < heads; ++h) {
-      const float inverse = tops[h] > 0 ? most / tops[h] : 0.0f;
       units[h] = tops[h] * (1 / most);
+      const float inverse = units[h] > 0 ? most / tops[h] : 0.0f;  // a unit too small to be told from 0 has none
       for (int g = 0; g < Groups; ++g) {
         const float* x = scaled[h][g];
         int16_t* out = rounded[h][g];
