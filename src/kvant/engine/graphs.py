@@ -63,6 +63,4 @@ class StepGraphs:
         """
         if self._decodes.fits(batch, ends):
             return self._decodes.run(batch, ids)
-        if ids is None and self._prompts.fits(batch, ends):
-            return self._prompts.run(batch, ends)
-        return None
+        return self._prompts.run(batch, ends) if ids is None else None

@@ -73,22 +73,19 @@ class PromptGraphs:
             size: self._record(size, sizes[size], recorder) for size in sorted(sizes, reverse=True)
         }
 
-    def fits(self, batch: Batch, ends: list[int]) -> bool:
-        """Whether a step is one that is recorded, with the logits of its tokens `ends`."""
-        return self._size(batch, ends) is not None
-
     @torch.inference_mode()
-    def run(self, batch: Batch, ends: list[int]) -> tuple[Tensor, Tensor]:
+    def run(self, batch: Batch, ends: list[int]) -> tuple[Tensor, Tensor] | None:
         """The logits [R, vocab] float32 of the tokens `ends`, and [T] int32, not 0 where a key or value is not finite.
 
-        Both are valid until the next run.
+        Both are valid until the next run. None where no such step is recorded.
 
         Args:
-            batch: of the host; `fits` has taken it.
+            batch: of the host.
             ends: R of its tokens.
         """
         size = self._size(batch, ends)
-        assert size is not None, "`fits` says so"
+        if size is None:
+            return None
         step = self._steps[size]
         self._fill(batch, ends, size, step.sequences)
         step.replay()
