@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 import kvant
 
@@ -25,9 +24,11 @@ def modules_after(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-def test_each_layer_imports_only_from_those_below(capsys):
-    code = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
-    assert code == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+def test_each_layer_imports_only_from_those_below():
+    """By a process of its own: in this one it would silence the loggers that are here already."""
+    code = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_import_kvant_is_light():

@@ -108,3 +108,22 @@ def test_small_weights_are_not_lost_beside_a_large_one(attending, dim):
     expected = (500 * wanted[1, 0, 0] + 63 * wanted[1, 0, 1]) / (500 + 63)
     assert (found[0, 0] - expected).abs().max() <= 0.2
     assert (expected - wanted[1, 0, 0]).abs().min() > 0.5, "losing them would show"
+
+
+@pytest.mark.parametrize("name", OF_4_BIT_VALUES)
+@pytest.mark.parametrize("new", [1, 40])
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_too_small_for_a_unit_leave_no_trace(attending, name, new, first):
+    """Beside one token, all weigh e^-75 to e^-85: units of their rounded weights are flushed to 0, or nearly."""
+    it = scene_of(KVFormat("k16", HALVES, KV_FORMATS[name].value, ""), 1, 64, 64, [(640 - new, new)], seed=1)
+    positions, wanted, one = torch.arange(640), 0.01 * random(2, 2, 1, 640, 64), 0 if first else 600
+    wanted[0] = 0
+    wanted[0, 0, :, 0] = -torch.linspace(75, 85, 640)
+    wanted[0, 0, one] = 0
+    slots = it.batch.block_tables[0, positions // 64] * 64 + positions % 64
+    it.cache.write(*wanted, slots, positions)
+    q = torch.zeros(new, 1, 64)
+    q[..., 0] = 1
+    found = attending.attention(q, it.cache, it.batch, AttentionShape(1, 1, 64, 1.0))
+    expected = it.cache.read("value", it.batch.block_tables[0])[0, one]
+    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
