@@ -45,7 +45,7 @@ inline void cap_scores(float* scores, int count, float cap) {
 // A query's products with the centre's coefficients, as functions of the angle that a tile's middle is turned by:
 // term j is sum_i cosine[j][i] cos_i + sine[j][i] sin_i, and `still[j]` from the elements that do not turn.
 struct CentreQuery {
-  alignas(32) float cosine[kMaxOrder][kMaxHeadDim / 2], sine[kMaxOrder][kMaxHeadDim / 2];
+  alignas(kAlign) float cosine[kMaxOrder][kMaxHeadDim / 2], sine[kMaxOrder][kMaxHeadDim / 2];
   float still[kMaxOrder];
 
   void make(const Place& at, const float* raw) {
@@ -67,17 +67,26 @@ struct CentreQuery {
   // What a tile's scores have of each polynomial.
   template <int Order>
   void weigh(const KvLayer& layer, int64_t tile, float* weights) const {
-    const int half = layer.turning;
+    const int half = layer.turning, whole = half & -kLanesOf<FWide>;
     const float *cos = layer.turn_cos + tile * half, *sin = layer.turn_sin + tile * half;
-    F8 terms[kMaxOrder] = {}, others[kMaxOrder] = {};
-    for_eights(half, [&](int i, int left) {
-      const F8 c = load_some(cos + i, left), s = load_some(sin + i, left);
-      for (int j = 0; j < Order; ++j) terms[j] += c * load<F8>(cosine[j] + i);
-      for (int j = 0; j < Order; ++j) others[j] += s * load<F8>(sine[j] + i);
+    FWide wide[Order] = {}, others[Order] = {};
+    for (int i = 0; i < whole; i += kLanesOf<FWide>)
+      add_turned<Order>(load<FWide>(cos + i), load<FWide>(sin + i), i, wide, others);
+    F8 terms[kMaxOrder] = {};
+    for (int j = 0; j < Order; ++j) terms[j] = folded_sum(wide[j] + others[j]);
+    for_eights(half - whole, [&](int i, int left) {
+      add_turned<Order>(load_some(cos + whole + i, left), load_some(sin + whole + i, left), whole + i, terms, terms);
     });
-    for (int j = 0; j < Order; ++j) terms[j] += others[j];
     sums4(terms, weights);
     for (int j = 0; j < Order; ++j) weights[j] += still[j];
+  }
+
+ private:
+  // What the elements of some pairs, from `at` on, add to the terms: cosines to some sums, sines to others.
+  template <int Order, class F>
+  void add_turned(F cos, F sin, int at, F* terms, F* others) const {
+    for (int j = 0; j < Order; ++j) terms[j] += cos * load<F>(cosine[j] + at);
+    for (int j = 0; j < Order; ++j) others[j] += sin * load<F>(sine[j] + at);
   }
 };
 
@@ -101,11 +110,15 @@ struct Softmax {
   // Takes note of more scores, a multiple of 8, one of them not kNever; returns what earlier sums are to be multiplied
   // by. Up to `slack` above the top, they leave it as it is.
   float raise(const float* scores, int count, float slack = 0) {
-    const int whole = count & -kLanesOf<FWide>;
-    FWide wide = all<FWide>(kNever);
-    for (int t = 0; t < whole; t += kLanesOf<FWide>) wide = larger(wide, load<FWide>(scores + t));
-    F8 tops = folded_top(wide);
-    if (whole < count) tops = larger(tops, load<F8>(scores + whole));
+    constexpr int kWide = kLanesOf<FWide>;
+    FWide even = all<FWide>(kNever), odd = even;  // in turn: each waits for its last
+    int t = 0;
+    for (; t + 2 * kWide <= count; t += 2 * kWide) {
+      even = larger(even, load<FWide>(scores + t));
+      odd = larger(odd, load<FWide>(scores + t + kWide));
+    }
+    F8 tops = folded_top(larger(even, odd));
+    for (; t < count; t += 8) tops = larger(tops, load<F8>(scores + t));
     const float next = largest(tops);
     if (next <= top + slack) return 1;
     const float kept = top == kNever ? 0.0f : power_of_two(all(top - next))[0];
@@ -125,12 +138,12 @@ struct Softmax {
 };
 
 // Makes of scores weights times the values' scales, and adds up the weights and what they make of the values' shifts.
-// Returns the largest.
+// Returns the largest. The sums, where they are wanted, are of each group's scaled weights.
 template <int Groups, class Count>
 inline float scale_weights(const float* scores, const Steps& steps, Count count, Softmax& softmax, F8* shifts,
-                           float (*scaled)[kTile]) {
+                           float (*scaled)[kTile], F8* sums = nullptr) {
   typedef FOfCount<Count> F;
-  F top = all<F>(0.0f), total = all<F>(0.0f), shift[Groups] = {};
+  F top = all<F>(0.0f), total = all<F>(0.0f), shift[Groups] = {}, added[Groups] = {};
   const F most = all<F>(softmax.top);
   for (int t = 0; t < count; t += kLanesOf<F>) {
     const F weight = power_of_two(load<F>(scores + t) - most);
@@ -139,11 +152,13 @@ inline float scale_weights(const float* scores, const Steps& steps, Count count,
       const F x = weight * load<F>(steps.scale[g] + t);
       shift[g] += weight * load<F>(steps.shift[g] + t);
       top = larger(top, x);
+      added[g] += x;
       store(scaled[g] + t, x);
     }
   }
   softmax.sums += folded_sum(total);
   for (int g = 0; g < Groups; ++g) shifts[g] += folded_sum(shift[g]);
+  for (int g = 0; sums && g < Groups; ++g) sums[g] = folded_sum(added[g]);
   return largest(folded_top(top));
 }
 

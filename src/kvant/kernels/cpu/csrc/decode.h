@@ -195,24 +195,41 @@ struct Mixed {
 
   template <Codes Kind>
   void mix(const Place& at, const Run& run, int heads, const Weights* weights, const float* units, Ahead& next) {
+    if (Kind == kCodes4 && has_narrow_weights(at.layer.value, at.dim)) {
+      int d = 0;
+      for (; d + 32 * kMixHalves <= at.dim; d += 32 * kMixHalves)
+        add_narrow<kMixHalves>(at, run, heads, d, weights, units, next);
+      for (; d < at.dim; d += 32) add_narrow<1>(at, run, heads, d, weights, units, next);
+      return;
+    }
     const uint8_t* rows = codes_at<uint8_t>(at.layer.value, at.dim, run.spot);
     const int size = at.dim / groups_of(at.layer.value), tokens = run.end - run.begin;
     for (int d = 0; d < at.dim; d += 32, rows += Kind == kCodes4 ? 16 : 32) {
       const int g = d / size;
-      if (Kind == kCodes4 && !has_narrow_weights(at.layer.value, at.dim)) {
+      if constexpr (Kind == kCodes4)
         for (int h = 0; h < heads; ++h)
           mix_halves(rows, at.dim, tokens, weights[h][g], weights[h][g + 1], units[h], sums[h] + d, next);
-        continue;
-      }
-      for_heads<kMixHeads>(heads, [&](auto n, int h) {
-        with_tile(tokens, [&](auto count) {
-          if constexpr (Kind == kCodes4)
-            mix_narrow<n()>(rows, at.dim / 2, count, weights[h][g], kMaxGroups * kTile, units + h, sums[h] + d, next);
-          else
+      else
+        for_heads<kMixHeads>(heads, [&](auto n, int h) {
+          with_tile(tokens, [&](auto count) {
             mix_rows<n(), Kind>(rows, at.dim, count, weights[h][g], kMaxGroups * kTile, units + h, sums[h] + d, next);
+          });
         });
-      });
     }
+  }
+
+  // Dims `d` to d + 32 * Halves of 4-bit codes.
+  template <int Halves>
+  void add_narrow(const Place& at, const Run& run, int heads, int d, const Weights* weights, const float* units,
+                  Ahead& next) {
+    const uint8_t* rows = codes_at<uint8_t>(at.layer.value, at.dim, run.spot) + d / 2;
+    const int size = at.dim / groups_of(at.layer.value), g = d / size, last = (d + 32 * (Halves - 1)) / size;
+    for_heads<kMixHeads>(heads, [&](auto n, int h) {
+      with_tile(run.end - run.begin, [&](auto count) {
+        mix_narrow<n(), Halves>(rows, at.dim / 2, count, weights[h][g], weights[h][last], kMaxGroups * kTile, units + h,
+                                sums[h] + d, next);
+      });
+    });
   }
 
   // Softmax weights times the codes' scales, rounded to multiples of the heads' units; what they make of the shifts is
@@ -224,8 +241,9 @@ struct Mixed {
     const float most = narrow ? kTopNarrow : kTopWide;
     const int slot = static_cast<int>((it.first + first) % kTile);
     float tops[kMaxShared];
+    F8 sums[kMaxShared][Groups];
     for (int h = 0; h < heads; ++h)
-      tops[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, softmax[h], shifts[h], scaled[h]);
+      tops[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, softmax[h], shifts[h], scaled[h], sums[h]);
     for (int h = 0; h < heads; ++h) {
       units[h] = tops[h] * (1 / most);
       const float inverse = units[h] > 0 ? most / tops[h] : 0.0f;  // a unit too small to be told from 0 has none
@@ -234,11 +252,12 @@ struct Mixed {
         int16_t* out = rounded[h][g];
         if (narrow) {
           typedef FOfCount<Count> F;
-          F added = all<F>(0.0f);
+          decltype(to_int(F{})) added = {};
           for (int t = 0; t < count; t += kLanesOf<F>)
             added += store_narrow(out, t, load<F>(x + t), all<F>(inverse), slot + t);
           // Codes lie about their middle: times that, what rounding adds would be in all dims alike.
-          shifts[h][g] += all(kMiddle4 * units[h]) * folded_sum(added);
+          const F8 rounding = folded_sum(to_float(added)) * all(units[h]) - sums[h][g];
+          shifts[h][g] += all(kMiddle4) * rounding;
         } else {
           for (int t = 0; t < count; t += 8) store_words(out + t, to_int(load<F8>(x + t) * all(inverse)));
         }

@@ -181,14 +181,18 @@ inline void add_dots4(const uint8_t* rows, int64_t pitch, const IntegerQuery* qu
   __m512i codes[4];
   lanes_of_rows(rows, pitch, codes);
   const __m512i mask = _mm512_set1_epi8(15);
+  // A product is waited for five cycles: few heads have two sums each in turn.
+  constexpr bool kTwo = Heads < 5;
+  I16 others[Heads] = {};
   for (int j = 0; j < 4; ++j) {
     const __m512i low = codes[j] & mask, high = _mm512_srli_epi16(codes[j], 4) & mask;
     for (int h = 0; h < Heads; ++h) {
       const int8_t* q = queries[h].narrow + dim + 8 * j;
-      const __m512i sum = _mm512_dpbusd_epi32((__m512i)totals[h], low, _mm512_set1_epi32(load<int32_t>(q)));
-      totals[h] = (I16)_mm512_dpbusd_epi32(sum, high, _mm512_set1_epi32(load<int32_t>(q + 4)));
+      add_dots(totals[h], low, q);
+      add_dots(kTwo ? others[h] : totals[h], high, q + 4);
     }
   }
+  for (int h = 0; kTwo && h < Heads; ++h) totals[h] += others[h];
 }
 #endif
 

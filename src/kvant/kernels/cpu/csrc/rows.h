@@ -61,9 +61,10 @@ class Ahead {
   // Asks for the eight that follow those of the last call.
   void ask() {
     if (!left_) return;
+    --left_;
     bring_near(codes_, code_step_);
-    bring_near(meta_, std::min(meta_step_, 1));  // one line
-    codes_ += code_step_, meta_ += meta_step_, --left_;
+    bring_near(meta_, 1);  // one line, or nothing's
+    codes_ += code_step_, meta_ += meta_step_;
   }
   void ask_all() {
     while (left_) ask();

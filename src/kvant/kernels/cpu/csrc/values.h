@@ -7,6 +7,11 @@ namespace kvant::KVANT_ISA {
 
 constexpr int kColumns = 4;  // vectors of sums that stay in registers for each head
 constexpr int kMixHeads = 3;
+#if defined(__AVX512VNNI__)
+constexpr int kMixHalves = 2;  // of 32 dims each, whose 4-bit codes are mixed at once
+#else
+constexpr int kMixHalves = 1;
+#endif
 constexpr int kTopNarrow = 127, kTopWide = 32767;  // the largest weight
 constexpr float kMiddle4 = 7.5f;                   // of codes of 4 bits
 constexpr int kNarrowTokens = 32;  // whose codes times narrow weights fit 16 bits: 32 * 15 * 127
@@ -159,29 +164,29 @@ inline F dithered(F weights, F inverse, int slot) {
   return weights * inverse + load<F>(kDither.of + slot % kTile);
 }
 
-// The same of token `t` and those that follow, rounded: two tokens' bytes, twice, or with AVX-512 a byte each. Returns
-// what rounding has added to the weights, in units.
+// Stores the same of token `t` and those that follow, rounded: two tokens' bytes, twice, or with AVX-512 a byte each.
+// Returns them as integers.
 template <class F>
-inline F store_narrow(int16_t* out, int t, F weights, F inverse, int slot) {
+inline auto store_narrow(int16_t* out, int t, F weights, F inverse, int slot) {
   const F steps = dithered(weights, inverse, slot);
+  const auto rounded = to_int(steps);
   [[maybe_unused]] int16_t* p = out + t;
 #if defined(__AVX512VNNI__)
   int8_t* bytes = reinterpret_cast<int8_t*>(out) + t;
-  const F whole = steps + all<F>(kWhole);  // the lowest byte of each
-  if constexpr (sizeof(F) == 64) store(bytes, _mm512_cvtepi32_epi8((__m512i)whole));
-  else _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm256_cvtepi32_epi8((__m256i)whole));
+  if constexpr (sizeof(F) == 64) store(bytes, _mm512_cvtepi32_epi8((__m512i)rounded));
+  else _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm256_cvtepi32_epi8((__m256i)rounded));
 #elif defined(__AVX2__)
   const __m256i places = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 0, 4, 8, 12, 8, 12, 0, 4, 0, 4, 8, 12, 8, 12));
-  const __m256i bytes = _mm256_shuffle_epi8((__m256i)(steps + all(kWhole)), places);  // the lowest of each number
+  const __m256i bytes = _mm256_shuffle_epi8((__m256i)rounded, places);  // the lowest of each number
   store(p, _mm_unpacklo_epi64(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 #elif defined(__ARM_NEON)
-  const int16x8_t bytes = vreinterpretq_s16_s8(bytes_of(to_int(steps), I8{}));
+  const int16x8_t bytes = vreinterpretq_s16_s8(bytes_of(rounded, I8{}));
   store(p, vzip1q_s16(bytes, bytes));
 #else
-  const uint64_t bytes = bytes_of(to_int(steps));
+  const uint64_t bytes = bytes_of(rounded);
   for (int i = 0; i < 8; ++i) p[i] = static_cast<int16_t>(bytes >> (i / 2 * 16));
 #endif
-  return nearest(steps) - weights * inverse;
+  return rounded;
 }
 
 // sums[head] += 32 dims of a run's 8-bit codes times the heads' weights, `pitch` apart, times their units.
@@ -201,33 +206,50 @@ inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* 
 }
 
 #if defined(__AVX512VNNI__)
-// The same for 4-bit codes and narrow weights: four tokens' bytes of a dim meet in a lane.
-template <int Heads, class Count>
-inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, int64_t pitch,
-                       const float* units, float* sums, Ahead& next) {
-  // Lanes in the order that `unpaired` expects once the upper halves of both sums lie behind the lower ones.
-  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
+// Four rows of 16 bytes a half, of which those that lie one below the other meet in a lane. Lanes are in the order that
+// `unpaired` expects once the upper halves of even and odd dims' sums lie behind the lower ones.
+template <int Halves>
+inline void fours_of_rows(const uint8_t* rows, int pitch, __m512i (&out)[Halves]) {
   const __m512i places = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16);
-  __m512i acc[Heads][2] = {};
-  for (int t = 0; t < tokens; t += 4, rows += 4 * bytes) {
-    if (t % 8 == 0) next.ask();
-    const __m512i x = _mm512_permutexvar_epi32(lanes, four_rows(rows, bytes));
-    const __m512i codes = _mm512_shuffle_epi8(x, places);
-    for (int h = 0; h < Heads; ++h) {
-      const int8_t* weight = reinterpret_cast<const int8_t*>(weights + h * pitch) + t;
-      const __m512i four = _mm512_set1_epi32(load<int32_t>(weight));
-      acc[h][0] = _mm512_dpbusd_epi32(acc[h][0], codes & low, four);
-      acc[h][1] = _mm512_dpbusd_epi32(acc[h][1], codes & high, four);
+  if constexpr (Halves == 1) {
+    const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
+    out[0] = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(lanes, four_rows(rows, pitch)), places);
+  } else {
+    const __m512i first = _mm512_setr_epi32(0, 8, 16, 24, 2, 10, 18, 26, 1, 9, 17, 25, 3, 11, 19, 27);
+    const __m512i x = two_rows(rows, pitch), y = two_rows(rows + 2 * pitch, pitch);
+    for (int i = 0; i < 2; ++i) {
+      const __m512i lanes = _mm512_add_epi32(first, _mm512_set1_epi32(4 * i));
+      out[i] = _mm512_shuffle_epi8(_mm512_permutex2var_epi32(x, lanes, y), places);
     }
   }
-  for (int h = 0; h < Heads; ++h) {
-    const F16 even = to_float((I16)acc[h][0]) * all<F16>(units[h]);
-    const F16 odd = to_float((I16)acc[h][1]) * all<F16>(units[h] / 16);  // of high halves, which were not moved
-    float* to = sums + h * kMaxHeadDim;
-    store(to, load<F16>(to) + of_halves(half_of<0>(even), half_of<0>(odd)));
-    store(to + 16, load<F16>(to + 16) + of_halves(half_of<1>(even), half_of<1>(odd)));
+}
+
+// The same for 4-bit codes and narrow weights, 32 dims or twice as many: those of the second half meet `others`.
+template <int Heads, int Halves, class Count>
+inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, const int16_t* others,
+                       int64_t pitch, const float* units, float* sums, Ahead& next) {
+  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16);
+  I16 acc[Heads][Halves][2] = {};
+  for (int t = 0; t < tokens; t += 4, rows += 4 * bytes) {
+    if (t % 8 == 0) next.ask();
+    __m512i codes[Halves];
+    fours_of_rows(rows, bytes, codes);
+    for (int i = 0; i < Halves; ++i)
+      for (int h = 0; h < Heads; ++h) {
+        const int8_t* weight = reinterpret_cast<const int8_t*>((i ? others : weights) + h * pitch) + t;
+        const __m512i four = _mm512_set1_epi32(load<int32_t>(weight));
+        acc[h][i][0] = (I16)_mm512_dpbusd_epi32((__m512i)acc[h][i][0], codes[i] & low, four);
+        acc[h][i][1] = (I16)_mm512_dpbusd_epi32((__m512i)acc[h][i][1], codes[i] & high, four);
+      }
   }
+  for (int h = 0; h < Heads; ++h)
+    for (int i = 0; i < Halves; ++i) {
+      const F16 even = to_float(acc[h][i][0]) * all<F16>(units[h]);
+      const F16 odd = to_float(acc[h][i][1]) * all<F16>(units[h] / 16);  // of high halves, which were not moved
+      float* to = sums + h * kMaxHeadDim + 32 * i;
+      store(to, load<F16>(to) + of_halves(half_of<0>(even), half_of<0>(odd)));
+      store(to + 16, load<F16>(to + 16) + of_halves(half_of<1>(even), half_of<1>(odd)));
+    }
 }
 #else
 // sums + the products of unsigned and signed bytes in pairs, of the order of `pair_codes4`, which wrap around.
@@ -284,9 +306,9 @@ inline void add_wide(U16 sums, int vector, float unit, float* out) {
 }
 
 // The same for 4-bit codes and narrow weights.
-template <int Heads, class Count>
-inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, int64_t pitch,
-                       const float* units, float* sums, Ahead& next) {
+template <int Heads, int Halves, class Count>
+inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, const int16_t*,
+                       int64_t pitch, const float* units, float* sums, Ahead& next) {
   for (int first = 0; first < tokens; first += kNarrowTokens) {
     Carried<U16> acc[Heads][2] = {};
     const int stop = std::min<int>(first + kNarrowTokens, tokens);
