@@ -22,8 +22,8 @@ help:
 demo: $(VENV)/.kvant model
 	@$(BIN)/python examples/demo.py
 
-# A process a core; whoever is done first takes over tests of the other.
-PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+# A process for each CPU that is ours, eight at most; who is done first takes over tests of others.
+PARALLEL := -n $(shell nproc 2>/dev/null || echo 2) --maxprocesses 8 --dist worksteal
 # Triton's interpreter would be two to three times as slow under the coverage tool.
 test: lint model
 	@$(PYTEST) $(PARALLEL) -k "not triton" --cov=kvant --cov-report=term

@@ -269,7 +269,7 @@ LENGTHS = st.lists(
 @SOME
 @given(
     lengths=LENGTHS, kv_heads=st.integers(1, 3), ratio=st.sampled_from((1, 2, 3, 7)),
-    dim=st.sampled_from((16, 64, 80, 128)), block_size=st.sampled_from((8, 16, 64, 256)),
+    dim=st.sampled_from((16, 64, 80, 96, 128)), block_size=st.sampled_from((8, 16, 64, 256)),
     window=st.sampled_from((None, None, 1, 5, 16, 100)), softcap=st.sampled_from((None, None, 2.0, 30.0)),
     dtype=DTYPES, seed=SEEDS,
 )  # fmt: skip

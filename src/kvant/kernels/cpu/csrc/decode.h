@@ -241,9 +241,9 @@ struct Mixed {
     const float most = narrow ? kTopNarrow : kTopWide;
     const int slot = static_cast<int>((it.first + first) % kTile);
     float tops[kMaxShared];
-    F8 sums[kMaxShared][Groups];
+    F8 exact[kMaxShared][Groups];
     for (int h = 0; h < heads; ++h)
-      tops[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, softmax[h], shifts[h], scaled[h], sums[h]);
+      tops[h] = scale_weights<Groups>(scores.of(h) + first, steps, count, softmax[h], shifts[h], scaled[h], exact[h]);
     for (int h = 0; h < heads; ++h) {
       units[h] = tops[h] * (1 / most);
       const float inverse = units[h] > 0 ? most / tops[h] : 0.0f;  // a unit too small to be told from 0 has none
@@ -256,7 +256,7 @@ struct Mixed {
           for (int t = 0; t < count; t += kLanesOf<F>)
             added += store_narrow(out, t, load<F>(x + t), all<F>(inverse), slot + t);
           // Codes lie about their middle: times that, what rounding adds would be in all dims alike.
-          const F8 rounding = folded_sum(to_float(added)) * all(units[h]) - sums[h][g];
+          const F8 rounding = folded_sum(to_float(added)) * all(units[h]) - exact[h][g];
           shifts[h][g] += all(kMiddle4) * rounding;
         } else {
           for (int t = 0; t < count; t += 8) store_words(out + t, to_int(load<F8>(x + t) * all(inverse)));

@@ -66,7 +66,7 @@ typedef uint8_t B16 __attribute__((vector_size(16)));
 // Bytes of four rows side by side: `First` to `First` + 7 of each.
 template <int First>
 inline B32 interleave_rows(const B16 (&x)[4]) {
-  static constexpr int f = First, s = First + 16;
+  static constexpr int f = First, s = First + 16;  // clang would have the closure capture them
   const auto zip = [](B16 a, B16 b) {
     return as<W8>(__builtin_shufflevector(a, b, f, s, f + 1, s + 1, f + 2, s + 2, f + 3, s + 3, f + 4, s + 4, f + 5,
                                           s + 5, f + 6, s + 6, f + 7, s + 7));

@@ -63,7 +63,7 @@ class Ahead {
     if (!left_) return;
     --left_;
     bring_near(codes_, code_step_);
-    bring_near(meta_, 1);  // one line, or nothing's
+    if (meta_step_) bring_near(meta_, 1);  // one line
     codes_ += code_step_, meta_ += meta_step_;
   }
   void ask_all() {

@@ -206,7 +206,7 @@ inline void mix_rows(const uint8_t* rows, int dim, Count tokens, const int16_t* 
 }
 
 #if defined(__AVX512VNNI__)
-// Four rows of 16 bytes a half, of which those that lie one below the other meet in a lane. Lanes are in the order that
+// Four rows of 16 bytes a half: the four bytes of a column, one of each row, are a lane. Lanes are in the order that
 // `unpaired` expects once the upper halves of even and odd dims' sums lie behind the lower ones.
 template <int Halves>
 inline void fours_of_rows(const uint8_t* rows, int pitch, __m512i (&out)[Halves]) {
@@ -224,7 +224,7 @@ inline void fours_of_rows(const uint8_t* rows, int pitch, __m512i (&out)[Halves]
   }
 }
 
-// The same for 4-bit codes and narrow weights, 32 dims or twice as many: those of the second half meet `others`.
+// What `mix_rows` adds, of 4-bit codes and narrow weights, 32 dims a half: those of the second half meet `others`.
 template <int Heads, int Halves, class Count>
 inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, const int16_t* others,
                        int64_t pitch, const float* units, float* sums, Ahead& next) {
@@ -305,7 +305,7 @@ inline void add_wide(U16 sums, int vector, float unit, float* out) {
 #endif
 }
 
-// The same for 4-bit codes and narrow weights.
+// What `mix_rows` adds, of 4-bit codes and narrow weights.
 template <int Heads, int Halves, class Count>
 inline void mix_narrow(const uint8_t* rows, int bytes, Count tokens, const int16_t* weights, const int16_t*,
                        int64_t pitch, const float* units, float* sums, Ahead& next) {

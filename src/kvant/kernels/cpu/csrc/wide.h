@@ -34,17 +34,14 @@ inline V all(X x) {
 constexpr float kWhole = 12582912.0f;  // what is added to it is rounded to integers, which its lowest bits then are
 
 // To the nearest integer, ties to even, |x| < 2^22.
-template <class F>
-inline F nearest(F x) {
-  return x + all<F>(kWhole) - all<F>(kWhole);
-}
+inline F8 nearest(F8 x) { return x + all(kWhole) - all(kWhole); }
 
 #if defined(__AVX512VNNI__)
 inline F16 to_float(I16 x) { return (F16)_mm512_cvtepi32_ps((__m512i)x); }
 inline I16 to_int(F16 x) { return (I16)_mm512_cvtps_epi32((__m512)x); }
 inline F16 larger(F16 a, F16 b) { return (F16)_mm512_max_ps((__m512)a, (__m512)b); }
 
-// 2^x to 2 units in the last place; 0 where it is subnormal.
+// 2^x to 3 units in the last place; subnormal results become 0 where `FlushTiny` holds.
 inline F16 power_of_two(F16 x) {
   constexpr int kFloor = 9;  // x less the integer below it, and no exceptions
   const F16 r = (F16)_mm512_reduce_ps((__m512)x, kFloor);
