@@ -62,13 +62,13 @@ def scene(
     for row, context in enumerate(contexts):
         positions = torch.arange(context)
         vectors = torch.randn(2, kv_heads, context, head_dim, generator=generator)
-        cache.write(*vectors, _slots(tables[row], positions, paging), positions)
+        cache.write(*vectors, slots_of(tables[row], positions, paging), positions)
         keys.append(cache.read("key", tables[row])[:, :context])
         values.append(cache.read("value", tables[row])[:, :context])
     return Scene(cache, _batch(lengths, tables, paging), keys, values)
 
 
-def _slots(table: Tensor, positions: Tensor, paging: Paging) -> Tensor:
+def slots_of(table: Tensor, positions: Tensor, paging: Paging) -> Tensor:
     numbers = positions + paging.lead
     return table[numbers // paging.block_size] * paging.block_size + numbers % paging.block_size
 
@@ -76,7 +76,7 @@ def _slots(table: Tensor, positions: Tensor, paging: Paging) -> Tensor:
 def _batch(lengths: list[tuple[int, int]], tables: Tensor, paging: Paging) -> AttentionBatch:
     positions = [torch.arange(before, before + new) for before, new in lengths]
     starts = torch.tensor([0, *(new for _, new in lengths)]).cumsum(0)
-    slots = [_slots(tables[row], p, paging) for row, p in enumerate(positions)]
+    slots = [slots_of(tables[row], p, paging) for row, p in enumerate(positions)]
     return AttentionBatch(
         positions=torch.cat(positions),
         slots=torch.cat(slots),
@@ -98,9 +98,13 @@ def step_kv(it: Scene, cache: KVLayer) -> tuple[Tensor, Tensor]:
 
 def step_planes(it: Scene, side: str) -> Planes:
     """What the scene's cache holds on one side ("key", "value") for the step's tokens, but for sinks: [G, T, ...]."""
-    slots = it.batch.slots[it.batch.positions >= it.cache.format.sinks]
-    block, offset = slots // it.cache.block_size, slots % it.cache.block_size
-    return {name: plane[block, :, offset].transpose(0, 1) for name, plane in it.cache.side(side).items()}
+    return planes_at(it.cache, side, it.batch.slots[it.batch.positions >= it.cache.format.sinks])
+
+
+def planes_at(cache: KVLayer, side: str, slots: Tensor) -> Planes:
+    """What a cache holds on one side in slots [T], none of them sinks': [G, T, ...]."""
+    block, offset = slots // cache.block_size, slots % cache.block_size
+    return {name: plane[block, :, offset].transpose(0, 1) for name, plane in cache.side(side).items()}
 
 
 def step_slots(it: Scene) -> Tensor:

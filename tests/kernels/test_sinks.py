@@ -21,6 +21,7 @@ from kvant.kernels.select import available_backends
 from tests.formats.oracle import assert_encodes
 from tests.formats.stats import layer_plan_of
 from tests.kernels import oracle
+from tests.kernels.scenes import planes_at, slots_of
 from tests.kernels.tolerances import IN_AN_ELEMENT, rounded_bits
 
 FEWER_SINKS = KVFormat("k8v4-plain", AffineCodec(8), AffineCodec(4), "", sinks=2)
@@ -49,10 +50,7 @@ class Texts:
         """The batch that computes the tokens [start, stop) of each sequence."""
         paging = self.store.paging
         positions = [torch.arange(start, stop) for start, stop in spans]
-        slots = []
-        for table, p in zip(self.tables, positions, strict=True):
-            numbers = p + paging.lead
-            slots.append(table[numbers // paging.block_size] * paging.block_size + numbers % paging.block_size)
+        slots = [slots_of(table, p, paging) for table, p in zip(self.tables, positions, strict=True)]
         return AttentionBatch(
             positions=torch.cat(positions),
             slots=torch.cat(slots),
@@ -75,9 +73,7 @@ class Texts:
         x, table = self.vectors[text][("key", "value").index(side)].transpose(0, 1), self.tables[text]
         plan, sinks, positions = cache.plan, cache.format.sinks, torch.arange(x.shape[1])
         codec, stats = (plan.format.key, plan.key_stats) if side == "key" else (plan.format.value, plan.value_stats)
-        numbers = positions[sinks:] + self.store.paging.lead
-        block, offset = table[numbers // cache.block_size], numbers % cache.block_size
-        planes = {name: plane[block, :, offset].transpose(0, 1) for name, plane in cache.side(side).items()}
+        planes = planes_at(cache, side, slots_of(table, positions[sinks:], self.store.paging))
         assert_encodes(codec, planes, x[:, sinks:], positions[sinks:], stats)
         found = cache.read(side, table)[:, : x.shape[1]]
         assert torch.equal(found[:, :sinks], x[:, :sinks].half().float())
