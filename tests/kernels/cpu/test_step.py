@@ -208,6 +208,18 @@ def test_quantized_weights(native, wide, monkeypatch, bits):
         assert_close(states(decoder, SHORT, uniform(decoder, "fp32")), expected, 0.1)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gates_that_are_cut_into_units(native, tmp_path, bits):
+    """By tokens and by columns, the last ones smaller; how often depends on the threads, the numbers do not."""
+    path = write_checkpoint(tmp_path, intermediate_size=2112)
+    reference = load(path, ReferenceOps(), bits).decoder
+    expected = states(reference, LONG[:300], uniform(reference, "fp32"))
+    decoders = [load(path, native(threads), bits).decoder for threads in (1, 3)]
+    found = [states(decoder, LONG[:300], uniform(decoder, "fp32")) for decoder in decoders]
+    assert_close(found[0], expected, 0.1)
+    assert torch.equal(*found)
+
+
 def asymmetric(bits: int, group: int, dtype: torch.dtype, x: Tensor) -> PackedWeight:
     """Codes with zero points, in groups of which the last may be smaller; scales in `dtype`."""
     groups = -(-x.shape[1] // group)

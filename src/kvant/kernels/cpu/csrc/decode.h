@@ -29,17 +29,45 @@ inline void for_heads(int heads, const Body& body) {
   for (int h = 0; h < heads; h += N) with_count<N>(std::min(N, heads - h), [&](auto n) { body(n, h); });
 }
 
+// What a unit reads, in order: of each span the keys, run by run, then the values. While some are worked on, memory is
+// asked for others: for two tiles further on, because one takes less time than it takes memory to answer.
+struct Reads {
+  const Place& at;
+  const Span &now, &next;
+
+  Reads(const Place& place, const Span& span, const Span& following) : at(place), now(span), next(following) {}
+
+  // What to ask for during the work on the `i`th.
+  Ahead during(int i) const { return of(i + distance()); }
+  // Asks for what nothing is worked on before.
+  void begin() const {
+    for (int i = 0; i < distance(); ++i) of(i).ask_all();
+  }
+
+ private:
+  int distance() const { return std::max(2, 2 * kTile / at.layer.block_size); }
+
+  Ahead of(int i) const {
+    for (const Span* span : {&now, &next})
+      for (const Side* side : {&at.layer.key, &at.layer.value}) {
+        if (i < span->count) return Ahead(*side, at.dim, span->runs[i]);
+        i -= span->count;
+      }
+    return Ahead();
+  }
+};
+
 // Scores of a span's tokens under the heads, [heads][kPitch] from kPad on.
 struct Scores {
   alignas(kAlign) float all[kMaxShared * kPitch];
   float* of(int h) { return all + h * kPitch + kPad; }
 
-  void compute(const Place& at, const Heads& heads, const Span& it) {
+  void compute(const Place& at, const Heads& heads, const Reads& reads) {
+    const Span& it = reads.now;
     start(at, heads, it);
     for (int i = 0; i < it.count; ++i) {
       const Run& run = it.runs[i];
-      const bool last = i + 1 == it.count;
-      Ahead next(last ? at.layer.value : at.layer.key, at.dim, it.runs[last ? 0 : i + 1]);
+      Ahead next = reads.during(i);
       if (!key_is_integer(at.layer.key, at.dim)) add_floats(at, heads, run, next);
       else
         for_heads<kHeadsAtOnce>(heads.count,
@@ -124,13 +152,14 @@ struct Mixed {
     }
   }
 
-  // Adds a span's tokens, and asks for `after` at the end.
-  void add(const Place& at, const Span& it, int heads, Scores& scores, const Ahead& after) {
+  // Adds the tokens of what is read now.
+  void add(const Place& at, int heads, Scores& scores, const Reads& reads) {
+    const Span& it = reads.now;
     for (int h = 0; h < heads; ++h) softmax[h].raise(scores.of(h), it.size);
     if (!integer)
       for (int h = 0; h < heads; ++h) softmax[h].weigh(scores.of(h), it.size);
     for (int i = 0; i < it.count; ++i) {
-      Ahead next = i + 1 < it.count ? Ahead(at.layer.value, at.dim, it.runs[i + 1]) : after;
+      Ahead next = reads.during(it.count + i);
       if (integer) add_codes(at, it, it.runs[i], heads, scores, next);
       else add_floats(at, it, it.runs[i], heads, scores, next);
     }
@@ -327,22 +356,23 @@ struct Split {
     const int64_t first = int64_t{split} * kSplitSlots - at.layer.lead;
     start = std::max(oldest, first), stop = std::min(position + 1, first + kSplitSlots);
   }
+  // All of them but the sinks'.
+  Span span(const Place& at) const { return Span(at, std::max<int64_t>(start, at.layer.sinks), stop); }
 };
 
-// One part of a context for the query heads from `head` on; `after` is what comes next.
+// One part of a context for the query heads from `head` on.
 inline void attend_split(const AttentionWork& work, const Place& at, const Heads& heads, int token, int head, int split,
-                         const Ahead& after) {
+                         const Reads& reads) {
   const Split part(at, work.batch->positions[token], split);
   const int64_t sunk = std::min<int64_t>(part.stop, at.layer.sinks);
   const bool has_sinks = part.start < sunk;
-  const Span it(at, std::max<int64_t>(part.start, at.layer.sinks), part.stop);
   Mixed mixed(at, heads.count);
   Sinks sinks;
   Scores scores;
   if (has_sinks) sinks.attend(at, heads, part.start, sunk, scores);
-  if (it.size) {
-    scores.compute(at, heads, it);
-    mixed.add(at, it, heads.count, scores, after);
+  if (reads.now.size) {
+    scores.compute(at, heads, reads);
+    mixed.add(at, heads.count, scores, reads);
   }
   for (int h = 0; h < heads.count; ++h) {
     float sums[kMaxHeadDim];
@@ -357,18 +387,20 @@ inline void attend_split(const AttentionWork& work, const Place& at, const Heads
 void attend_splits(const AttentionWork& work, int sequence, int token, int kv_head, int first, int last) {
   const Place at(work, sequence, kv_head);
   const int shared = at.shape.heads / at.shape.kv_heads;
-  const auto keys = [&](int split) {
-    if (split >= last) return Ahead();
-    const Spot spot = at.spot(int64_t{split} * kSplitSlots);
-    return Ahead(at.layer.key, at.dim, {0, std::min(kTile, at.layer.block_size), spot});
+  const auto span = [&](int split) {
+    return split < last ? Split(at, work.batch->positions[token], split).span(at) : Span(at, 0, 0);
   };
-  keys(first).ask_all();
   for (int base = 0; base < shared; base += kMaxShared) {
     const int head = kv_head * shared + base;
     const float* q = work.q + token * work.q_stride + static_cast<int64_t>(head) * at.dim;
+    Span now = span(first);
+    Reads(at, now, now).begin();
     const Heads heads(at, q, std::min(kMaxShared, shared - base));
-    for (int split = first; split < last; ++split)
-      attend_split(work, at, heads, token, head, split, keys(split + 1));
+    for (int split = first; split < last; ++split) {
+      const Span next = span(split + 1);
+      attend_split(work, at, heads, token, head, split, Reads(at, now, next));
+      now = next;
+    }
   }
 }
 

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kLanes = 8;          // behind a quantized row's numbers so many are read and not used
 constexpr int64_t kTokenBlock = 256;   // tokens whose inputs stay in the cache while weights pass by
+constexpr int64_t kPartFloats = 1 << 17;  // of a unit's products that are used at once: they stay in the cache
 constexpr int kSplitsAtOnce = 2;       // of a context, in one unit of work for several threads
 constexpr int64_t kHeadsWritten = 4;   // side by side where there is one token
 constexpr int64_t kPartColumns = 512;  // at least so many a part of a panel's inputs has
@@ -80,29 +81,31 @@ Input Step::inputs(const Weight& weight, const float* x, int64_t tokens, Make ma
 }
 
 // Into how many units a thread's share of a product is cut: into few where it waits for memory, which is best read on
-// and on.
+// and on. Of one thread nobody takes any.
 int64_t Step::units_per_thread(int64_t tokens) const {
-  if (tokens > 1) return 8;
-  return turn_.threads() > 1 ? 2 : 1;
+  if (turn_.threads() == 1) return 1;
+  return tokens > 1 ? 8 : 2;
 }
 
-// A product of all tokens, `align` steps at a time at least; `after(first, last, begin, end)` follows where the tokens
-// [first, last) have met the steps [begin, end).
-template <class After>
-void Step::product(const Linear& linear, const Input& in, const Streams& streams, int64_t tokens, int align, float* out,
-                   After after) {
-  const int64_t token_blocks = ceil_div(tokens, kTokenBlock), steps = ceil_div(streams.steps, align);
-  const int64_t chunk = std::max<int64_t>(1, steps * token_blocks / (turn_.threads() * units_per_thread(tokens)));
-  const int64_t width = std::min(chunk, steps), chunks = ceil_div(steps, width);
-  const int64_t height = std::max(1, in.panels.height), tiles = ceil_div(tokens, height);  // blocks are of whole tiles
-  turn_.run(token_blocks * chunks, [&](int64_t unit) {
-    const int64_t block = unit / chunks, begin = unit % chunks * width * align;
-    const int first = static_cast<int>(tiles * block / token_blocks * height);
-    const int last = static_cast<int>(std::min(tokens, tiles * (block + 1) / token_blocks * height));
-    const int end = static_cast<int>(std::min<int64_t>(streams.steps, begin + width * align));
-    k_.linear_part(linear, in, streams, first, last, static_cast<int>(begin), end, out);
-    after(first, last, static_cast<int>(begin), end);
-  });
+int64_t Step::Cuts::tiles() const { return ceil_div(tokens, height); }
+int64_t Step::Cuts::chunks() const { return ceil_div(steps, width); }
+int64_t Step::Cuts::rows() const { return ceil_div(tiles(), blocks) * height; }
+
+Part Step::Cuts::part(int64_t unit) const {
+  const int64_t block = unit / chunks(), begin = unit % chunks() * width;
+  const auto start = [&](int64_t b) { return std::min(tokens, tiles() * b / blocks * height); };
+  return {static_cast<int>(start(block)), static_cast<int>(start(block + 1)), static_cast<int>(begin),
+          static_cast<int>(std::min(steps, begin + width))};
+}
+
+// Of a product of all tokens; a unit has a multiple of `align` steps and, where these are more, at most `floats`
+// results.
+Step::Cuts Step::cut(const Input& in, const Streams& streams, int64_t tokens, int align, int64_t floats) const {
+  Cuts cuts = {tokens, std::max(1, in.panels.height), ceil_div(tokens, kTokenBlock), streams.steps, 0};
+  const int64_t units = turn_.threads() * units_per_thread(tokens);
+  const int64_t most = floats / (cuts.rows() * streams.width * kRowBlock);
+  cuts.width = std::max<int64_t>(1, std::min(ceil_div(cuts.steps, align) * cuts.blocks / units, most / align)) * align;
+  return cuts;
 }
 
 Streams Step::streams(const Weight& weight, int64_t tokens) {
@@ -110,37 +113,40 @@ Streams Step::streams(const Weight& weight, int64_t tokens) {
 }
 
 void Step::multiply(const Linear& linear, const Input& in, int64_t tokens, float* out) {
-  product(linear, in, streams(linear.weight, tokens), tokens, 1, out, [](int, int, int, int) {});
+  const Streams streams = this->streams(linear.weight, tokens);
+  const Cuts cuts = cut(in, streams, tokens, 1, INT64_MAX);
+  const Target target = {out, linear.weight.rows, 0, 0, streams.stride};
+  turn_.run(cuts.blocks * cuts.chunks(),
+            [&](int64_t unit) { k_.linear_part(linear, in, streams, cuts.part(unit), target); });
 }
 
 void Step::linear(const Linear& linear, const float* x, int64_t tokens, float* out) {
   multiply(linear, inputs(linear.weight, x, tokens, [](int64_t) {}), tokens, out);
 }
 
-// The inputs of `down`, narrow [tokens, n]: the activations of gate_up's products, wide [tokens, 2n]. With as many
-// streams in the gates as in what they gate, a step has both halves of the same columns.
-Input Step::gated_inputs(const Model& model, const Layer& layer, const Input& in, int64_t tokens, float* wide,
-                         float* narrow) {
+// The inputs of `down`: the activations of gate_up's products. With as many streams in the gates as in what they gate,
+// a step has both halves of the same columns: what a unit makes of them never leaves a near cache.
+Input Step::gated_inputs(const Model& model, const Layer& layer, const Input& in, int64_t tokens) {
   const Weight& down = layer.down.weight;
-  const int width = model.intermediate;
   const Streams halves = streams(layer.gate_up.weight, tokens);
   constexpr int kAlign = kGroup / kRowBlock;  // steps that make a group
   const int columns = halves.stride * kRowBlock;
-  if (down.order || down.kind <= kWeightBF16 || columns % kGroup || columns * halves.width != 2 * width) {
-    multiply(layer.gate_up, in, tokens, wide);
-    return inputs(down, narrow, tokens, [&](int64_t t) {
-      k_.gated_row(wide + t * 2 * width, wide + (t * 2 + 1) * width, width, model.activation, narrow + t * width);
-    });
-  }
-  const Input out = room(down, narrow, tokens);
-  product(layer.gate_up, in, halves, tokens, kAlign, wide, [&](int first, int last, int begin, int end) {
-    for (int64_t t = first; t < last; ++t)
-      for (int stream = 0; stream < halves.width / 2; ++stream) {
-        const int64_t column = stream * columns + begin * kRowBlock, count = (end - begin) * kRowBlock;
-        const float* gate = wide + t * 2 * width + column;
-        float* to = narrow + t * width + column;
-        k_.gated_row(gate, gate + width, static_cast<int>(count), model.activation, to);
-        k_.quantize_row(to, static_cast<int>(count), out.row(t).group(column / kGroup), nullptr);
+  if (down.order || down.kind <= kWeightBF16 || columns % kGroup || columns * halves.width != 2 * model.intermediate)
+    return gated_in_passes(model, layer, in, tokens);
+  const Input out = room(down, nullptr, tokens);
+  const Cuts cuts = cut(in, halves, tokens, kAlign, kPartFloats);
+  const int64_t stream = cuts.width * kRowBlock, pitch = stream * halves.width, size = cuts.rows() * pitch;
+  float* kept = turn_.arena().take<float>(turn_.threads() * size);
+  turn_.run(cuts.blocks * cuts.chunks(), [&](int64_t unit, int thread) {
+    const Part part = cuts.part(unit);
+    const int count = (part.end - part.begin) * kRowBlock;
+    float* row = kept + thread * size;
+    k_.linear_part(layer.gate_up, in, halves, part, {row, pitch, part.first, part.begin, static_cast<int>(cuts.width)});
+    for (int64_t t = part.first; t < part.last; ++t, row += pitch)
+      for (int s = 0; s < halves.width / 2; ++s) {
+        float* gate = row + s * stream;
+        k_.gated_row(gate, gate + pitch / 2, count, model.activation, gate);
+        k_.quantize_row(gate, count, out.row(t).group((s * columns + part.begin * kRowBlock) / kGroup), nullptr);
       }
   });
   if (out.panels.tiles)
@@ -148,6 +154,17 @@ Input Step::gated_inputs(const Model& model, const Layer& layer, const Input& in
       k_.panel_tile_rows(down, out, static_cast<int>(first), static_cast<int>(last));
     });
   return out;
+}
+
+// The same of products that are all made before they are gated.
+Input Step::gated_in_passes(const Model& model, const Layer& layer, const Input& in, int64_t tokens) {
+  const int width = model.intermediate;
+  float* wide = turn_.arena().take<float>(tokens * 2 * width);
+  float* narrow = turn_.arena().take<float>(tokens * width);
+  multiply(layer.gate_up, in, tokens, wide);
+  return inputs(layer.down.weight, narrow, tokens, [&](int64_t t) {
+    k_.gated_row(wide + t * 2 * width, wide + (t * 2 + 1) * width, width, model.activation, narrow + t * width);
+  });
 }
 
 void Step::embedding(const Weight& weight, const int64_t* ids, int64_t tokens, float* out) {
@@ -291,8 +308,6 @@ bool Step::forward(const Model& model, const KvLayer* cache, const Batch& batch,
   float* x = arena.take<float>(tokens * width);
   float* qkv = arena.take<float>(tokens * all);
   float* mixed = arena.take<float>(tokens * mixed_width);
-  float* wide = arena.take<float>(tokens * 2 * model.intermediate);
-  float* narrow = arena.take<float>(tokens * model.intermediate);
 
   const float* post_norm = nullptr;  // of what the residual stream gets next, x
   const auto add = [&](int64_t t) {
@@ -320,7 +335,7 @@ bool Step::forward(const Model& model, const KvLayer* cache, const Batch& batch,
     linear(layer.out, mixed, tokens, x);
     post_norm = layer.post_attention_norm;
     const Input in = added_inputs(layer.gate_up, layer.mlp_norm, false);
-    multiply(layer.down, gated_inputs(model, layer, in, tokens, wide, narrow), tokens, x);
+    multiply(layer.down, gated_inputs(model, layer, in, tokens), tokens, x);
     post_norm = layer.post_mlp_norm;
     arena.rewind(mark);
   }

@@ -29,6 +29,14 @@ class Step {
   struct Unit {
     int sequence, first, last, kv_head, split, last_split;
   };
+  // How a product is cut into units of work: blocks of tokens, whole tiles, each times `width` of the steps.
+  struct Cuts {
+    int64_t tokens, height, blocks, steps, width;
+    int64_t tiles() const;
+    int64_t chunks() const;
+    int64_t rows() const;  // the most tokens that a block has
+    Part part(int64_t unit) const;
+  };
   template <class Body>
   void row_units(int64_t count, int64_t at_once, Body body);
   template <class Body>
@@ -38,12 +46,10 @@ class Step {
   Input inputs(const Weight& weight, const float* x, int64_t tokens, Make make);
   Streams streams(const Weight& weight, int64_t tokens);
   int64_t units_per_thread(int64_t tokens) const;
-  template <class After>
-  void product(const Linear& linear, const Input& in, const Streams& streams, int64_t tokens, int align, float* out,
-               After after);
+  Cuts cut(const Input& in, const Streams& streams, int64_t tokens, int align, int64_t floats) const;
   void multiply(const Linear& linear, const Input& in, int64_t tokens, float* out);
-  Input gated_inputs(const Model& model, const Layer& layer, const Input& in, int64_t tokens, float* wide,
-                     float* narrow);
+  Input gated_inputs(const Model& model, const Layer& layer, const Input& in, int64_t tokens);
+  Input gated_in_passes(const Model& model, const Layer& layer, const Input& in, int64_t tokens);
   template <class Body>
   void write_units(const AttentionShape& shape, const Batch& batch, Body body);
   void write_side(const KvLayer& cache, const Side& side, int dim, const float* x, int64_t stride, Entry* entries,

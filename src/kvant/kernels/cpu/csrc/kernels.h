@@ -65,6 +65,30 @@ struct Blocks {
   int operator[](int b) const { return first + b * stride; }
 };
 
+// Part of a product: the tokens [first, last) times the steps [begin, end) of its streams.
+struct Part {
+  int first, last, begin, end;
+};
+
+// Where a step's products go: token `token`'s to `first`, others' `pitch` floats after the one's before; of them, row
+// block b's to place `places[b]`.
+struct Output {
+  float* first;
+  int64_t pitch;
+  int token;
+  Blocks places;
+  float* at(int t, int b) const { return first + (t - token) * pitch + int64_t{places[b]} * kRowBlock; }
+};
+
+// Where those of a part go, from step `begin` on, each stream's `stride` places after the one's before.
+struct Target {
+  float* first;
+  int64_t pitch;
+  int token, begin, stride;
+  // Of step `step`, from stream `stream` on.
+  Output of(int step, int stream = 0) const { return {first, pitch, token, {stream * stride + step - begin, stride}}; }
+};
+
 // How far ahead of what one token reads of a matrix of codes, in bytes of each stream, a core is told of it; 0 where it
 // is better left alone. Intel's looks no further than a page by itself (Emerald Rapids: 27.9 GB/s, 30.1 when told). Zen
 // 4 reads 36 GB/s by itself, and 25 to 28 when told. Compiled for every instruction set: no vectors here.
@@ -115,7 +139,7 @@ struct Kernels {
   int (*panel_height)(int64_t tokens);  // of the tiles that so many tokens make, 0 where they do not go by panels
   void (*panel_tile_rows)(const Weight&, const Input&, int first, int last);
   int (*linear_streams)(const Weight&, int64_t tokens);
-  void (*linear_part)(const Linear&, const Input&, const Streams&, int first, int last, int begin, int end, float* out);
+  void (*linear_part)(const Linear&, const Input&, const Streams&, const Part&, const Target&);
   void (*weight_row)(const Weight&, int row, float* out);
   void (*rms_norm_row)(const float* x, const float* weight, float eps, int count, float* y);
   void (*add_row)(const float* x, int count, float* total);

@@ -47,7 +47,8 @@ inline float quantize_columns(const float* x, int columns, const QuantizedRow& o
   const int first = group * kGroup, count = std::min(kGroup, columns - first);
   if (count == kGroup && left_out < 0) return quantize_group(x + first, out, group);
   float held[kGroup] = {};
-  std::memcpy(held, x + first, sizeof(float) * count);
+  if (count == kGroup) std::memcpy(held, x + first, sizeof held);  // a constant size is no loop over bytes
+  else std::memcpy(held, x + first, sizeof(float) * count);
   if (left_out >= 0) held[left_out] = 0;
   return quantize_group(held, out, group);
 }
@@ -138,15 +139,15 @@ inline void store_rows(F8 y, const Linear& linear, int row, float* out) {
   const int left = linear.weight.rows - row;
   if (left >= kRowBlock) {
     if (linear.bias) y += load<F8>(linear.bias + row);
-    store(out + row, y);
+    store(out, y);
   } else {
-    for (int r = 0; r < left; ++r) out[row + r] = y[r] + (linear.bias ? linear.bias[row + r] : 0.0f);
+    for (int r = 0; r < left; ++r) out[r] = y[r] + (linear.bias ? linear.bias[row + r] : 0.0f);
   }
 }
 
 // M tokens from `token` on times NB row blocks.
 template <int M, int NB, int Bits, bool Biased, int Parts>
-void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blocks, float* out) {
+void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blocks, const Output& out) {
   const Weight& w = linear.weight;
   const int groups = in.padded / kGroup, spans = num_spans(w, in.padded);
   const int shift = Parts == 2 ? -1 : __builtin_ctz(w.group / kGroup);
@@ -182,7 +183,7 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
   add_outliers<false>(w, in, token, M, blocks, columns, acc);
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)
-      store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
+      store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out.at(token + m, b));
 }
 
 template <WeightKind Kind>
@@ -193,7 +194,7 @@ inline F8 dense_rows(const void* codes, int64_t index) {
 }
 
 template <int M, int NB, WeightKind Kind>
-void dense_tile(const Linear& linear, const Input& in, int token, Blocks blocks, float* out) {
+void dense_tile(const Linear& linear, const Input& in, int token, Blocks blocks, const Output& out) {
   const Weight& w = linear.weight;
   const float* x[M];
   for (int m = 0; m < M; ++m) x[m] = in.x + static_cast<int64_t>(token + m) * w.columns;
@@ -206,10 +207,10 @@ void dense_tile(const Linear& linear, const Input& in, int token, Blocks blocks,
   }
   for (int m = 0; m < M; ++m)
     for (int b = 0; b < NB; ++b)
-      store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out + static_cast<int64_t>(token + m) * w.rows);
+      store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out.at(token + m, b));
 }
 
-using Tile = void (*)(const Linear&, const Input&, int token, Blocks blocks, float* out);
+using Tile = void (*)(const Linear&, const Input&, int token, Blocks blocks, const Output& out);
 
 template <int M, int NB>
 Tile tile_of(const Weight& w) {
@@ -241,7 +242,7 @@ Tile tile_of(const Weight& w, int tokens) {
 
 // The tokens [first, last) times NB row blocks; tiles of equal heights: 8 tokens are 4 + 4, not 6 + 2.
 template <int NB>
-void by_tiles(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
+void by_tiles(const Linear& linear, const Input& in, int first, int last, Blocks blocks, const Output& out) {
   const int tokens = last - first, tiles = (tokens + kTileTokens - 1) / kTileTokens;
   for (int tile = 0; tile < tiles; ++tile) {
     const int from = first + tokens * tile / tiles, to = first + tokens * (tile + 1) / tiles;
@@ -256,21 +257,21 @@ int linear_streams(const Weight& w, int64_t tokens) {
 }
 
 template <int NB>
-void linear_step(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
+void linear_step(const Linear& linear, const Input& in, int first, int last, Blocks blocks, const Output& out) {
   const auto step = in.panels.tiles ? by_panels<NB> : by_tiles<NB>;
   step(linear, in, first, last, blocks, out);
 }
 
-// The tokens [first, last) times the row blocks of the steps [begin, end); out [all tokens, rows].
-void linear_part(const Linear& linear, const Input& in, const Streams& streams, int first, int last, int begin, int end,
-                 float* out) {
-  const int stride = streams.stride, whole = std::min(end, stride);
-  for (int i = begin; i < whole; ++i) {
-    if (streams.width == kPanelBlocks) linear_step<kPanelBlocks>(linear, in, first, last, {i, stride}, out);
-    else tile_of<1, kStreams>(linear.weight)(linear, in, first, {i, stride}, out);
+void linear_part(const Linear& linear, const Input& in, const Streams& streams, const Part& part,
+                 const Target& target) {
+  const int stride = streams.stride, whole = std::min(part.end, stride), last_stream = streams.width - 1;
+  for (int i = part.begin; i < whole; ++i) {
+    const Output out = target.of(i);
+    if (streams.width == kPanelBlocks) linear_step<kPanelBlocks>(linear, in, part.first, part.last, {i, stride}, out);
+    else tile_of<1, kStreams>(linear.weight)(linear, in, part.first, {i, stride}, out);
   }
-  for (int i = std::max(begin, stride); i < end; ++i)
-    linear_step<1>(linear, in, first, last, {stride * (streams.width - 1) + i, 1}, out);
+  for (int i = std::max(part.begin, stride); i < part.end; ++i)
+    linear_step<1>(linear, in, part.first, part.last, {stride * last_stream + i, 1}, target.of(i, last_stream));
 }
 
 // One row's values in the order of the inputs, as `linear_part` multiplies them.

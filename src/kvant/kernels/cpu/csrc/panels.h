@@ -376,17 +376,16 @@ void add_biases(const Weight& w, const Cut& cut, int padded, Blocks blocks, cons
     }
 }
 
-// A row block's sums with some tokens, `stride` apart: put into out [tokens, rows], with the bias, if they are the
-// `first`, or added to it.
-inline void store_block(const Linear& linear, int row, const F8* sums, int stride, int tokens, bool first, float* out) {
-  const int64_t rows = linear.weight.rows;
+// A row block's sums with some tokens, `stride` apart: put into out, a token every `pitch`, with the bias, if they are
+// the `first`, or added to it.
+inline void store_block(const Linear& linear, int row, const F8* sums, int stride, int tokens, bool first, float* out,
+                        int64_t pitch) {
   const int left = std::min(kRowBlock, linear.weight.rows - row);
-  out += row;
   if (first && !linear.bias && left == kRowBlock) {
-    for (int m = 0; m < tokens; ++m) store(out + m * rows, sums[m * stride]);
+    for (int m = 0; m < tokens; ++m) store(out + m * pitch, sums[m * stride]);
     return;
   }
-  for (int m = 0; m < tokens; ++m, out += rows) {
+  for (int m = 0; m < tokens; ++m, out += pitch) {
     const float* base = !first ? out : linear.bias ? linear.bias + row : nullptr;
     store_some(out, base ? sums[m * stride] + load_some(base, left) : sums[m * stride], left);
   }
@@ -396,7 +395,7 @@ inline void store_block(const Linear& linear, int row, const F8* sums, int strid
 // may have room for more tokens than there are: what that holds is multiplied as well, and dropped.
 template <int M, int NB, int Steps>
 void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Panel<NB>& panel, int begin, int end,
-                int first, int last, Blocks blocks, Columns<NB>& columns, float* out) {
+                int first, int last, Blocks blocks, Columns<NB>& columns, const Output& out) {
   const Weight& w = linear.weight;
   const int64_t tile = first / M;
   const int32_t* x = in.panels.tiles + (tile * cut.rounds + begin) * (Steps + 2) * M;
@@ -411,12 +410,12 @@ void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Pan
     add_biases(w, cut, in.padded, blocks, in.row(first), last - first, begin * kUnits, end * kUnits, y);
   if (!begin) add_outliers<NB == 4>(w, in, first, last - first, blocks, columns, y);
   for (int b = 0; b < NB; ++b)
-    store_block(linear, blocks[b] * kRowBlock, y[0] + b, NB, last - first, !begin, out + int64_t{first} * w.rows);
+    store_block(linear, blocks[b] * kRowBlock, y[0] + b, NB, last - first, !begin, out.at(first, b), out.pitch);
 }
 
 template <int NB>
 using PanelTile = void (*)(const Linear&, const Input&, const Cut&, const Panel<NB>&, int begin, int end, int first,
-                           int last, Blocks, Columns<NB>& columns, float* out);
+                           int last, Blocks, Columns<NB>& columns, const Output& out);
 
 template <int NB>
 PanelTile<NB> panel_tile_of(int unit, int height) {
@@ -428,7 +427,7 @@ PanelTile<NB> panel_tile_of(int unit, int height) {
 
 // The tokens [first, last), whole tiles but for the last of all, times NB row blocks.
 template <int NB>
-void by_panels(const Linear& linear, const Input& in, int first, int last, Blocks blocks, float* out) {
+void by_panels(const Linear& linear, const Input& in, int first, int last, Blocks blocks, const Output& out) {
   const Cut cut(linear.weight, in.padded);
   const int height = in.panels.height;
   const PanelTile<NB> tile = panel_tile_of<NB>(cut.unit, height);

@@ -146,9 +146,9 @@ void Pool::work_on(int index) {
   const int threads = limit_.load(std::memory_order_relaxed);
   try {
     int64_t unit;
-    while (shares_[index].take_first(&unit)) function_(context_, unit);
+    while (shares_[index].take_first(&unit)) function_(context_, unit, index);
     for (int other = 1; other < threads; ++other)
-      while (shares_[(index + other) % threads].take_last(&unit)) function_(context_, unit);
+      while (shares_[(index + other) % threads].take_last(&unit)) function_(context_, unit, index);
   } catch (const std::bad_alloc&) {
     failed_ = true;  // told by the caller, when nobody works on the job any more
   }

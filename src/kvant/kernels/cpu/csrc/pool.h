@@ -50,20 +50,29 @@ class Pool {
   // start.
   void grow(int threads);
 
-  // body(unit) for every unit in [0, units), on at most `threads` threads; returns when all are done. Throws bad_alloc
-  // where one did.
+  // body(unit), or body(unit, thread), for every unit in [0, units), on at most `threads` threads, which have the
+  // numbers below that; returns when all are done. Throws bad_alloc where one did.
   template <class Body>
   void run(int threads, int64_t units, Body&& body) {
     if (threads < 2 || units < 2) {
-      for (int64_t unit = 0; unit < units; ++unit) body(unit);
+      for (int64_t unit = 0; unit < units; ++unit) call(body, unit, 0);
       return;
     }
     using Plain = std::remove_reference_t<Body>;
-    start(threads, units, [](void* context, int64_t unit) { (*static_cast<Plain*>(context))(unit); }, &body);
+    const Function function = [](void* context, int64_t unit, int thread) {
+      call(*static_cast<Plain*>(context), unit, thread);
+    };
+    start(threads, units, function, &body);
   }
 
  private:
-  using Function = void (*)(void*, int64_t);
+  template <class Body>
+  static void call(Body& body, int64_t unit, int thread) {
+    if constexpr (std::is_invocable_v<Body&, int64_t, int>) body(unit, thread);
+    else body(unit);
+  }
+
+  using Function = void (*)(void*, int64_t unit, int thread);
   void start(int threads, int64_t units, Function function, void* context);
   void work_on(int index);
   void loop(int index);

@@ -69,8 +69,13 @@ void rope_row(float* x, const float* cos, const float* sin, int pairs) {
   });
 }
 
+template <class F>
+inline F silu(F x) {
+  return x / (all<F>(1.0f) + power_of_two(smaller(x * all<F>(-1.44269504f), all<F>(126.0f))));
+}
+
 inline F8 activate(F8 x, int32_t activation) {
-  if (activation == kSilu) return x / (all(1.0f) + power_of_two(smaller(x * all(-1.44269504f), all(126.0f))));
+  if (activation == kSilu) return silu(x);
   if (activation == kGeluTanh) {
     const F8 inner = all(0.7978845608f) * (x + all(0.044715f) * x * x * x);
     return all(0.5f) * x * (all(1.0f) + hyperbolic_tangent(inner));
@@ -80,8 +85,14 @@ inline F8 activate(F8 x, int32_t activation) {
   return y;
 }
 
+// y may be `gate`.
 void gated_row(const float* gate, const float* up, int count, int32_t activation, float* y) {
-  map_row(gate, count, y, [&](int i, F8 x, int left) { return activate(x, activation) * load_some(up + i, left); });
+  constexpr int kWide = kLanesOf<FWide>;
+  int done = 0;
+  for (; activation == kSilu && done + kWide <= count; done += kWide)
+    store(y + done, silu(load<FWide>(gate + done)) * load<FWide>(up + done));
+  map_row(gate + done, count - done, y + done,
+          [&](int i, F8 x, int left) { return activate(x, activation) * load_some(up + done + i, left); });
 }
 
 void softcap_row(float* x, int count, float cap) {

@@ -40,6 +40,7 @@ inline F8 nearest(F8 x) { return x + all(kWhole) - all(kWhole); }
 inline F16 to_float(I16 x) { return (F16)_mm512_cvtepi32_ps((__m512i)x); }
 inline I16 to_int(F16 x) { return (I16)_mm512_cvtps_epi32((__m512)x); }
 inline F16 larger(F16 a, F16 b) { return (F16)_mm512_max_ps((__m512)a, (__m512)b); }
+inline F16 smaller(F16 a, F16 b) { return (F16)_mm512_min_ps((__m512)a, (__m512)b); }
 
 // 2^x to 3 units in the last place; subnormal results become 0 where `FlushTiny` holds.
 inline F16 power_of_two(F16 x) {
