@@ -29,24 +29,24 @@ inline void for_heads(int heads, const Body& body) {
   for (int h = 0; h < heads; h += N) with_count<N>(std::min(N, heads - h), [&](auto n) { body(n, h); });
 }
 
-// What a unit reads, in order: of each span the keys, run by run, then the values. While some are worked on, memory is
-// asked for others: for two tiles further on, because one takes less time than it takes memory to answer.
+// What a unit reads, in order: of each span the keys, run by run, then the values. While one is worked on, memory is
+// asked for another, about two tiles further on: one tile takes less time than memory takes to answer.
 struct Reads {
   const Place& at;
   const Span &now, &next;
+  const int distance;
 
-  Reads(const Place& place, const Span& span, const Span& following) : at(place), now(span), next(following) {}
+  Reads(const Place& place, const Span& span, const Span& following)
+      : at(place), now(span), next(following), distance(std::max(2, 2 * kTile / place.layer.block_size)) {}
 
   // What to ask for during the work on the `i`th.
-  Ahead during(int i) const { return of(i + distance()); }
-  // Asks for what nothing is worked on before.
+  Ahead during(int i) const { return of(i + distance); }
+  // Asks for the first ones, which come after no work.
   void begin() const {
-    for (int i = 0; i < distance(); ++i) of(i).ask_all();
+    for (int i = 0; i < distance; ++i) of(i).ask_all();
   }
 
  private:
-  int distance() const { return std::max(2, 2 * kTile / at.layer.block_size); }
-
   Ahead of(int i) const {
     for (const Span* span : {&now, &next})
       for (const Side* side : {&at.layer.key, &at.layer.value}) {
@@ -393,13 +393,15 @@ void attend_splits(const AttentionWork& work, int sequence, int token, int kv_he
   for (int base = 0; base < shared; base += kMaxShared) {
     const int head = kv_head * shared + base;
     const float* q = work.q + token * work.q_stride + static_cast<int64_t>(head) * at.dim;
-    Span now = span(first);
-    Reads(at, now, now).begin();
+    Span spans[2] = {span(first), span(first + 1)};
+    Reads(at, spans[0], spans[1]).begin();
     const Heads heads(at, q, std::min(kMaxShared, shared - base));
-    for (int split = first; split < last; ++split) {
-      const Span next = span(split + 1);
+    for (int split = first, i = 0; split < last; ++split, i = 1 - i) {
+      const Span &now = spans[i], &next = spans[1 - i];
       attend_split(work, at, heads, token, head, split, Reads(at, now, next));
-      now = next;
+      const bool idle = !now.count;
+      spans[i] = span(split + 2);
+      if (idle) Reads(at, next, spans[i]).begin();
     }
   }
 }

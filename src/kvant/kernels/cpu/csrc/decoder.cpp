@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kLanes = 8;          // behind a quantized row's numbers so many are read and not used
 constexpr int64_t kTokenBlock = 256;   // tokens whose inputs stay in the cache while weights pass by
-constexpr int64_t kPartFloats = 1 << 17;  // of a unit's products that are used at once: they stay in the cache
+constexpr int64_t kPartFloats = 1 << 17;  // 512 KB of gates, which a second cache has room for
 constexpr int kSplitsAtOnce = 2;       // of a context, in one unit of work for several threads
 constexpr int64_t kHeadsWritten = 4;   // side by side where there is one token
 constexpr int64_t kPartColumns = 512;  // at least so many a part of a panel's inputs has
@@ -81,7 +81,7 @@ Input Step::inputs(const Weight& weight, const float* x, int64_t tokens, Make ma
 }
 
 // Into how many units a thread's share of a product is cut: into few where it waits for memory, which is best read on
-// and on. Of one thread nobody takes any.
+// and on. One thread has nobody to take units over, and needs one.
 int64_t Step::units_per_thread(int64_t tokens) const {
   if (turn_.threads() == 1) return 1;
   return tokens > 1 ? 8 : 2;
@@ -98,13 +98,14 @@ Part Step::Cuts::part(int64_t unit) const {
           static_cast<int>(std::min(steps, begin + width))};
 }
 
-// Of a product of all tokens; a unit has a multiple of `align` steps and, where these are more, at most `floats`
-// results.
+// Of a product of all tokens. Units are a multiple of `align` steps, but for the last, and have at most `floats`
+// results, unless `align` steps alone have more.
 Step::Cuts Step::cut(const Input& in, const Streams& streams, int64_t tokens, int align, int64_t floats) const {
-  Cuts cuts = {tokens, std::max(1, in.panels.height), ceil_div(tokens, kTokenBlock), streams.steps, 0};
-  const int64_t units = turn_.threads() * units_per_thread(tokens);
-  const int64_t most = floats / (cuts.rows() * streams.width * kRowBlock);
-  cuts.width = std::max<int64_t>(1, std::min(ceil_div(cuts.steps, align) * cuts.blocks / units, most / align)) * align;
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(tokens, kTokenBlock));
+  Cuts cuts = {tokens, std::max(1, in.panels.height), blocks, streams.steps, 0};
+  const int64_t units = turn_.threads() * units_per_thread(tokens), steps = ceil_div(cuts.steps, align);
+  const int64_t most = floats / (std::max<int64_t>(1, cuts.rows()) * streams.width * kRowBlock * align);
+  cuts.width = std::max<int64_t>(1, std::min({steps, steps * blocks / units, most})) * align;
   return cuts;
 }
 
@@ -125,7 +126,7 @@ void Step::linear(const Linear& linear, const float* x, int64_t tokens, float* o
 }
 
 // The inputs of `down`: the activations of gate_up's products. With as many streams in the gates as in what they gate,
-// a step has both halves of the same columns: what a unit makes of them never leaves a near cache.
+// a step has both halves of the same columns: what a unit makes of them is meant to stay in the second cache.
 Input Step::gated_inputs(const Model& model, const Layer& layer, const Input& in, int64_t tokens) {
   const Weight& down = layer.down.weight;
   const Streams halves = streams(layer.gate_up.weight, tokens);

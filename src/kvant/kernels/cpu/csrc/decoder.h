@@ -29,7 +29,8 @@ class Step {
   struct Unit {
     int sequence, first, last, kv_head, split, last_split;
   };
-  // How a product is cut into units of work: blocks of tokens, whole tiles, each times `width` of the steps.
+  // How a product is cut into units of work: `blocks` blocks of tokens, whole tiles of `height`, each times `width` of
+  // the steps.
   struct Cuts {
     int64_t tokens, height, blocks, steps, width;
     int64_t tiles() const;

@@ -70,23 +70,23 @@ struct Part {
   int first, last, begin, end;
 };
 
-// Where a step's products go: token `token`'s to `first`, others' `pitch` floats after the one's before; of them, row
-// block b's to place `places[b]`.
+// Where a step's products go: those of token `token` from `to` on, each next token's `pitch` floats further; row block b
+// has place `places[b]`, of kRowBlock floats.
 struct Output {
-  float* first;
+  float* to;
   int64_t pitch;
   int token;
   Blocks places;
-  float* at(int t, int b) const { return first + (t - token) * pitch + int64_t{places[b]} * kRowBlock; }
+  float* at(int t, int b) const { return to + (t - token) * pitch + int64_t{places[b]} * kRowBlock; }
 };
 
-// Where those of a part go, from step `begin` on, each stream's `stride` places after the one's before.
+// Where those of a part go: step `begin` of the first stream has place 0, each next stream's `stride` places further.
 struct Target {
-  float* first;
+  float* to;
   int64_t pitch;
   int token, begin, stride;
   // Of step `step`, from stream `stream` on.
-  Output of(int step, int stream = 0) const { return {first, pitch, token, {stream * stride + step - begin, stride}}; }
+  Output of(int step, int stream = 0) const { return {to, pitch, token, {stream * stride + step - begin, stride}}; }
 };
 
 // How far ahead of what one token reads of a matrix of codes, in bytes of each stream, a core is told of it; 0 where it
