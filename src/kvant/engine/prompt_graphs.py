@@ -134,8 +134,8 @@ class PromptGraphs:
             starts.copy_(views.starts)
             lengths.copy_(views.lengths)
             not_finite.zero_()
-            hidden = self._decoder.forward(views.ids, attention, views.rope_lengths, self._store.layers)
-            logits.copy_(self._decoder.logits(hidden[views.ends]))
+            hidden = self._decoder.forward(views.ids, attention, views.rope_lengths, self._store.layers, views.ends)
+            logits.copy_(self._decoder.logits(hidden))
 
         with torch.inference_mode():
             return _Step(recorder(step), attention, sequences)

@@ -131,12 +131,15 @@ class Runner:
                 return (recorded[0] if ends else None), recorded[1]
         on_device = batch.to(self._decoder.ops.device)
         ids = on_device.ids if ids is None else ids
-        hidden = self._decoder.forward(ids, on_device.attention, on_device.rope_lengths, self._store.layers)
+        rows = None if reported else _index(ends or [0], len(ids), ids.device)  # one at least: no kernel takes none
+        hidden = self._decoder.forward(ids, on_device.attention, on_device.rope_lengths, self._store.layers, rows)
         for row, (start, stop) in zip(plan.rows, spans, strict=True):
             if row in reported:
                 self._collect_prompt_logprobs(row, hidden[start:stop])
         bad = on_device.attention.reported_not_finite
-        return self._decoder.logits(_chosen(hidden, ends)) if ends else None, bad
+        if not ends:
+            return None, bad
+        return self._decoder.logits(_chosen(hidden, ends) if reported else hidden), bad
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, samplers: List[Sequence]) -> Tensor | None:
         rows = _reporting(samplers)
@@ -177,10 +180,16 @@ def _reporting(samplers: List[Sequence]) -> list[int]:
 
 def _chosen(x: Tensor, rows: list[int]) -> Tensor:
     """Some rows of what is on the device; itself where they are all of them in order."""
-    if rows == list(range(len(x))):
-        return x
-    [index] = sent([torch.tensor(rows)], x.device)
-    return x[index]
+    index = _index(rows, len(x), x.device)
+    return x if index is None else x[index]
+
+
+def _index(rows: list[int], count: int, device: torch.device) -> Tensor | None:
+    """Of some of `count` rows, on a device; None where they are all of them in order."""
+    if rows == list(range(count)):
+        return None
+    [index] = sent([torch.tensor(rows)], device)
+    return index
 
 
 def _following(plan: Plan, before: Flight) -> Tensor:

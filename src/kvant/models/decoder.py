@@ -43,18 +43,27 @@ class Decoder:
         """The same model bound to other ops that take the same prepared weights."""
         return Decoder(self.spec, self._weights, ops, self._dtype)
 
-    def forward(self, ids: Tensor, batch: AttentionBatch, rope_lengths: Tensor, cache: Sequence[KVLayer]) -> Tensor:
-        """Hidden states after the final norm, [T, hidden]; writes the tokens' KV into `cache`, one entry a layer.
+    def forward(
+        self,
+        ids: Tensor,
+        batch: AttentionBatch,
+        rope_lengths: Tensor,
+        cache: Sequence[KVLayer],
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, [R, hidden]; writes the tokens' KV into `cache`, one entry a layer.
 
         Args:
             ids: [T] int64 token ids.
             batch: where each token stands and where its KV lies.
             rope_lengths: [T] int64, see `models.rope.rope_lengths`.
             cache: the layers of the KV store.
+            rows: [R] int64, the tokens whose hidden states are wanted, one at least; None: all in order. The last layer
+                writes the others' keys and values, and does no more with them.
         """
         ops, spec, query_scale = self.ops, self.spec, self._query_scale(batch)
         if self._fused is not None:
-            hidden = self._fused.forward(ids, batch, rope_lengths, query_scale, cache)
+            hidden = self._fused.forward(ids, batch, rope_lengths, query_scale, cache, rows)
             if hidden is not None:
                 return hidden
         rotary = {rope: embed(batch.positions, rope_lengths) for rope, embed in self._ropes.items()}
@@ -62,7 +71,8 @@ class Decoder:
         x = x if self._dtype is None else x.to(self._dtype)
         residual = torch.zeros_like(x)
         for layer, weights, kv in zip(spec.layers, self._weights.layers, cache, strict=True):
-            tokens = TokenContext(batch, rotary[layer.rope] if layer.rope else None, query_scale)
+            going_on = rows if weights is self._weights.layers[-1] else None
+            tokens = TokenContext(batch, rotary[layer.rope] if layer.rope else None, query_scale, going_on)
             shape = attention_shape(spec, layer)
             x, residual = computed(ops, decoder_layer(ops, x, residual, weights, spec, shape, kv, tokens))
         normed: Tensor = ops.add_rms_norm(x, residual, self._weights.norm, spec.rms_eps)[0]

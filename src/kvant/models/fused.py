@@ -79,6 +79,7 @@ class FusedDecoder:
         rope_lengths: Tensor,
         query_scale: Tensor | None,
         cache: Sequence[KVLayer],
+        rows: Tensor | None,
     ) -> Tensor | None:
         """As `Decoder.forward`, float32; None where the cache has a layer that the kernels do not know.
 
@@ -88,12 +89,15 @@ class FusedDecoder:
             rope_lengths: see there.
             cache: see there.
             query_scale: [T, 1, 1], what queries are multiplied by, if anything.
+            rows: see there.
         """
         native_cache = self._cache(cache)
         if native_cache is None:
             return None
-        hidden = torch.empty(len(ids), self._spec.hidden_size)
-        self._run("forward", ids, batch, rope_lengths, query_scale, native_cache, pointer(hidden))
+        count = len(ids) if rows is None else len(rows)
+        hidden = torch.empty(count, self._spec.hidden_size)
+        results = pointer(rows), count, pointer(hidden)
+        self._run("forward", ids, batch, rope_lengths, query_scale, native_cache, *results)
         return hidden
 
     def draw(

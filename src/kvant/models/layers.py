@@ -100,6 +100,11 @@ class TokenContext:
     batch: AttentionBatch
     rotary: tuple[Tensor, Tensor] | None
     query_scale: Tensor | None = None  # [T, 1, 1]: log-n attention
+    rows: Tensor | None = None  # [R] int64, those that go on from the layer's attention; None: all
+
+    def going_on(self, x: Tensor) -> Tensor:
+        """The rows of x [T, ...] that go on from the layer's attention."""
+        return x if self.rows is None else x[self.rows]
 
 
 def decoder_layer(
@@ -112,13 +117,17 @@ def decoder_layer(
     cache: KVLayer,
     tokens: TokenContext,
 ) -> Products[tuple[Tensor, Tensor]]:
-    """One layer of the decoder: x [T, hidden], what the one before adds to its residual -> the same of this layer."""
+    """One layer of the decoder: x [T, hidden], what the one before adds to its residual -> the same of this layer.
+
+    Keys and values are of all tokens; what is returned is of those that go on from its attention.
+    """
     qkv, out, gate_up, down = weights.linears.values()
     h, residual = ops.add_rms_norm(x, residual, weights.input_norm, spec.rms_eps, qkv.weight)
     # Many layers may wait for a product at once: there, nothing but the residual has a name that keeps it in memory.
     asked = [h]
     del x, h
     x = yield out, attention(ops, (yield qkv, asked.pop()), weights.attention, shape, spec.rms_eps, cache, tokens)
+    residual = tokens.going_on(residual)
     x = _post_norm(ops, x, weights.post_attention_norm, spec.rms_eps)
     h, residual = ops.add_rms_norm(x, residual, weights.mlp_norm, spec.rms_eps, gate_up.weight)
     asked.append(h)
@@ -140,7 +149,7 @@ def attention(
     cache: KVLayer,
     tokens: TokenContext,
 ) -> Tensor:
-    """Norm the heads, rotate and write, attend: projected [T, (H + 2 G) D] -> [T, H D]."""
+    """Norm the heads, rotate and write, attend: projected [T, (H + 2 G) D] -> [R, H D] of the tokens that go on."""
     heads, groups, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     q, k, v = qkv.unflatten(-1, (heads + 2 * groups, dim)).split([heads, groups, groups], dim=1)
     if weights.q_norm is not None and weights.k_norm is not None:
@@ -148,7 +157,7 @@ def attention(
     q = ops.rope_write_kv(q, k, v, tokens.rotary, cache, tokens.batch)
     if tokens.query_scale is not None:
         q = q * tokens.query_scale.to(q.dtype)
-    return ops.attention(q, cache, tokens.batch, shape).flatten(1)
+    return tokens.going_on(ops.attention(q, cache, tokens.batch, shape).flatten(1))
 
 
 def computed(ops: Ops, products: Products[T]) -> T:

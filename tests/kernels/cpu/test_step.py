@@ -309,6 +309,35 @@ def test_a_decoder_may_change_between_stores(native, wide):
         assert_close(torch.cat(kept), whole, 0.02)
 
 
+@pytest.mark.parametrize("kv", TOLERANCES)
+def test_wanted_tokens_have_the_states_that_they_have_among_all(native, family, kv):
+    """In any order and more than once, of a text's end and of its middle; all keys and values are written."""
+    wanted = torch.tensor([44, 3, 44, 0, 20])
+    for ops in (ReferenceOps(), native(1)):
+        decoder = load(family, ops).decoder
+        stores = [new_store(decoder, uniform(decoder, kv), 100) for _ in range(2)]
+        of_all, of_some = two_texts(decoder, stores[0], None), two_texts(decoder, stores[1], wanted)
+        assert_close(of_some, of_all[wanted], TOLERANCES[kv])
+        assert torch.equal(stores[0].blocks, stores[1].blocks)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_wanted_tokens_attend_to_codes_as_decodes_do(native, wide, name):
+    decoder, wanted = load(wide, native(1), bits=4).decoder, torch.tensor([15, 44])
+    plan = plan_of(KV_FORMATS[name], 2, decoder.spec.num_kv_heads, decoder.spec.head_dim)
+    of_all, of_some = (two_texts(decoder, new_store(decoder, plan, 100), rows) for rows in (None, wanted))
+    bits = rounded_bits(decoder.ops, KV_FORMATS[name], decoder.spec.head_dim)
+    assert_close(of_some, of_all[wanted], DECODED[bits])
+
+
+def two_texts(decoder: Decoder, store: KVStore, rows: Tensor | None) -> Tensor:
+    """The states of a step with two texts, of 16 and 29 tokens, a block each: of all tokens or of `rows`."""
+    positions = torch.cat([torch.arange(16), torch.arange(29)])
+    slots = positions + store.paging.lead + store.paging.block_size * (torch.arange(45) >= 16)
+    batch = AttentionBatch(positions, slots, (0, 16, 45), (16, 29), torch.tensor([[0], [1]]))
+    return decoder.forward(torch.tensor(SHORT), batch, positions + 1, store.layers, rows)
+
+
 def step(decoder: Decoder, store: KVStore, ids: list[int], start: int, stop: int) -> Tensor:
     """The states of tokens [start, stop) of a text whose blocks are the store's in order."""
     positions = torch.arange(start, stop)

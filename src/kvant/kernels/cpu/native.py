@@ -37,7 +37,7 @@ _CALLS = {
         POINTER(structs.Batch),
         *(c_void_p,) * 2,
     ),
-    "kvant_forward": (*_STEP, c_void_p),
+    "kvant_forward": (*_STEP, c_void_p, c_int64, c_void_p),
     "kvant_draw": (*_STEP, POINTER(structs.Sampling), POINTER(structs.Burst), c_void_p),
     "kvant_sample": (c_void_p, c_int64, c_int32, POINTER(structs.Sampling), c_void_p),
     "kvant_logits": (POINTER(structs.Model), c_void_p, c_int64, c_void_p),

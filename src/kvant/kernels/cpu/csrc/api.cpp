@@ -22,7 +22,7 @@ using namespace kvant;
 
 namespace {
 
-constexpr int kAbi = 5;
+constexpr int kAbi = 6;
 
 #if defined(KVANT_BUILT_NEON)
 // Dot products and arithmetic of 16-bit floats, which came later than NEON itself.
@@ -224,13 +224,15 @@ KVANT_API int kvant_attention(const Kernels* k, int threads, const KvLayer* cach
   });
 }
 
-// Hidden states of a step's tokens. 1 where keys or values of the tokens marked in `bad` are not finite.
+// Hidden states of `count` of a step's tokens, see `Wanted`. 1 where keys or values of the tokens marked in `bad` are
+// not finite.
 KVANT_API int kvant_forward(const Kernels* k, int threads, const Model* model, const KvLayer* cache, const Batch* batch,
                             const Rope* ropes, int32_t rope_count, const float* query_scale, uint8_t* bad,
-                            float* hidden) {
+                            const int64_t* wanted, int64_t count, float* hidden) {
   return guarded_step(batch, bad, [&] {
     const Rotaries rotaries(ropes, rope_count, *batch);
-    return Step(*k, threads).forward(*model, cache, *batch, rotaries.data(), query_scale, hidden, bad);
+    return Step(*k, threads).forward(*model, cache, *batch, rotaries.data(), query_scale, {wanted, count}, hidden,
+                                  bad);
   });
 }
 
@@ -247,7 +249,8 @@ KVANT_API int kvant_draw(const Kernels* k, int threads, const Model* model, cons
     for (Going going(*batch, *cache, *how);; going.go_on(tokens), tokens += count) {
       const Rotaries rotaries(ropes, rope_count, going.batch());
       Step step(*k, threads);
-      if (!step.forward(*model, cache, going.batch(), rotaries.data(), query_scale, hidden.get(), bad))
+      if (!step.forward(*model, cache, going.batch(), rotaries.data(), query_scale, {nullptr, count}, hidden.get(),
+                        bad))
         return burst->done > 0;
       step.logits(*model, hidden.get(), count, logits.get());
       step.sample(logits.get(), count, vocab, going.how(), tokens);

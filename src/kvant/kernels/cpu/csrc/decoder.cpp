@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace kvant {
 
@@ -18,6 +19,31 @@ constexpr int64_t kPanelNumbers = 24;  // of 64 columns of a panel's inputs at m
 constexpr int kFewRows = 16;           // up to so many query rows a KV head, tokens are attended one by one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Some of a step's tokens, each as a sequence of its own with what it attends to.
+class Alone {
+ public:
+  Alone(const Batch& all, const Wanted& wanted) : batch_(all), starts_(wanted.count + 1) {
+    for (int64_t i = 0; i < wanted.count; ++i) {
+      const int64_t token = wanted.tokens[i];
+      const int64_t* next = std::upper_bound(all.query_starts, all.query_starts + all.sequences, token);
+      const int64_t* table = all.block_tables + (next - all.query_starts - 1) * all.table_width;
+      starts_[i + 1] = i + 1;
+      positions_.push_back(all.positions[token]);
+      lengths_.push_back(positions_.back() + 1);
+      tables_.insert(tables_.end(), table, table + all.table_width);
+    }
+    batch_.tokens = batch_.sequences = static_cast<int32_t>(wanted.count);
+    batch_.ids = batch_.slots = nullptr;  // nothing of them is to be written
+    batch_.positions = positions_.data(), batch_.query_starts = starts_.data();
+    batch_.context_lens = lengths_.data(), batch_.block_tables = tables_.data();
+  }
+  const Batch& batch() const { return batch_; }
+
+ private:
+  Batch batch_;
+  std::vector<int64_t> starts_, positions_, lengths_, tables_;
+};
 
 }  // namespace
 
@@ -299,50 +325,72 @@ void Step::enter_cache(const Layer& layer, const Model& model, const KvLayer& ca
   });
 }
 
+// Adds x, normed where it is to be, to the residual stream's row t.
+void Step::add(const Model& model, const Stream& stream, int64_t t) {
+  float* row = stream.x + t * model.hidden;
+  if (stream.post_norm) k_.rms_norm_row(row, stream.post_norm, model.eps, model.hidden, row);
+  k_.add_row(row, model.hidden, stream.residual + t * model.hidden);
+}
+
+// A linear layer's inputs: the residual stream, once x is added where there is one, normed.
+Input Step::normed_inputs(const Model& model, const Linear& linear, const float* norm, bool has_x, Stream& stream) {
+  const int64_t width = model.hidden;
+  return inputs(linear.weight, stream.x, stream.tokens, [&, width](int64_t t) {
+    if (has_x) add(model, stream, t);
+    k_.rms_norm_row(stream.residual + t * width, norm, model.eps, model.hidden, stream.x + t * width);
+  });
+}
+
+// The rows of x [tokens, width] that are wanted, rows of x `stride` floats apart.
+float* Step::chosen(const float* x, int64_t stride, int64_t width, const Wanted& wanted) {
+  float* out = turn_.arena().take<float>(wanted.count * width);
+  for (int64_t i = 0; i < wanted.count; ++i)
+    std::memcpy(out + i * width, x + wanted.tokens[i] * stride, sizeof(float) * width);
+  return out;
+}
+
+// The last layer's attention, of the wanted tokens alone, with which the residual stream goes on.
+void Step::narrow(const Model& model, const KvLayer& cache, const Batch& batch, const float* qkv, int64_t stride,
+                  const Wanted& wanted, Stream& stream, float* mixed) {
+  const AttentionShape& shape = model.layer[model.layers - 1].attention;
+  const int64_t width = int64_t{shape.heads} * shape.head_dim;
+  const Alone alone(batch, wanted);
+  attention(cache, shape, alone.batch(), chosen(qkv, stride, width, wanted), width, mixed);
+  stream.residual = chosen(stream.residual, model.hidden, model.hidden, wanted);
+  stream.tokens = wanted.count;
+}
+
 bool Step::forward(const Model& model, const KvLayer* cache, const Batch& batch, const Rotary* rotaries,
-                   const float* query_scale, float* hidden, uint8_t* bad) {
-  const int64_t tokens = batch.tokens, width = model.hidden;
+                   const float* query_scale, const Wanted& wanted, float* hidden, uint8_t* bad) {
+  const int64_t tokens = batch.tokens, width = model.hidden, most = std::max(tokens, wanted.count);
   Arena& arena = turn_.arena();
   const AttentionShape& shape = model.layer[0].attention;
-  const int64_t all = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, mixed_width = shape.heads * shape.head_dim;
-  float* residual = arena.take<float>(tokens * width);
-  float* x = arena.take<float>(tokens * width);
+  const int64_t all = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+  Stream stream = {tokens, arena.take<float>(tokens * width), arena.take<float>(most * width), nullptr};
   float* qkv = arena.take<float>(tokens * all);
-  float* mixed = arena.take<float>(tokens * mixed_width);
+  float* mixed = arena.take<float>(most * shape.heads * shape.head_dim);
 
-  const float* post_norm = nullptr;  // of what the residual stream gets next, x
-  const auto add = [&](int64_t t) {
-    float* row = x + t * width;
-    if (post_norm) k_.rms_norm_row(row, post_norm, model.eps, model.hidden, row);
-    k_.add_row(row, model.hidden, residual + t * width);
-  };
-  const auto added_inputs = [&](const Linear& linear, const float* norm, bool first) {
-    return inputs(linear.weight, x, tokens, [&](int64_t t) {
-      if (!first) add(t);
-      k_.rms_norm_row(residual + t * width, norm, model.eps, model.hidden, x + t * width);
-    });
-  };
-
-  embedding(model.embedding, batch.ids, tokens, residual);
+  embedding(model.embedding, batch.ids, tokens, stream.residual);
   if (model.embedding_scale != 1)
-    rows(tokens, [&](int64_t t) { k_.scale_row(residual + t * width, model.hidden, model.embedding_scale); });
+    rows(tokens, [&](int64_t t) { k_.scale_row(stream.residual + t * width, model.hidden, model.embedding_scale); });
+  const Arena::Mark mark = arena.mark();
   for (int index = 0; index < model.layers; ++index) {
     const Layer& layer = model.layer[index];
-    const Arena::Mark mark = arena.mark();
-    multiply(layer.qkv, added_inputs(layer.qkv, layer.input_norm, index == 0), tokens, qkv);
+    arena.rewind(mark);
+    multiply(layer.qkv, normed_inputs(model, layer.qkv, layer.input_norm, index > 0, stream), tokens, qkv);
     enter_cache(layer, model, cache[index], batch, rotaries, query_scale, qkv, bad);
     if (std::memchr(bad, 1, tokens)) return false;
-    attention(cache[index], layer.attention, batch, qkv, all, mixed);
-    linear(layer.out, mixed, tokens, x);
-    post_norm = layer.post_attention_norm;
-    const Input in = added_inputs(layer.gate_up, layer.mlp_norm, false);
-    multiply(layer.down, gated_inputs(model, layer, in, tokens), tokens, x);
-    post_norm = layer.post_mlp_norm;
-    arena.rewind(mark);
+    if (wanted.tokens && index + 1 == model.layers) narrow(model, cache[index], batch, qkv, all, wanted, stream, mixed);
+    else attention(cache[index], layer.attention, batch, qkv, all, mixed);
+    linear(layer.out, mixed, stream.tokens, stream.x);
+    stream.post_norm = layer.post_attention_norm;
+    const Input in = normed_inputs(model, layer.gate_up, layer.mlp_norm, true, stream);
+    multiply(layer.down, gated_inputs(model, layer, in, stream.tokens), stream.tokens, stream.x);
+    stream.post_norm = layer.post_mlp_norm;
   }
-  rows(tokens, [&](int64_t t) {
-    if (model.layers) add(t);
-    k_.rms_norm_row(residual + t * width, model.norm, model.eps, model.hidden, hidden + t * width);
+  rows(stream.tokens, [&](int64_t t) {
+    add(model, stream, t);
+    k_.rms_norm_row(stream.residual + t * width, model.norm, model.eps, model.hidden, hidden + t * width);
   });
   return true;
 }

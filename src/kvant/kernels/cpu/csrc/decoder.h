@@ -6,6 +6,12 @@
 
 namespace kvant {
 
+// Of which of a step's tokens hidden states are wanted: of `count` that are named, or of all, in order, by null.
+struct Wanted {
+  const int64_t* tokens;
+  int64_t count;
+};
+
 class Step {
  public:
   Step(const Kernels& kernels, int threads) : k_(kernels), turn_(threads) {}
@@ -19,9 +25,9 @@ class Step {
                 int64_t stride, uint8_t* bad);
   void attention(const KvLayer& cache, const AttentionShape& shape, const Batch& batch, const float* q, int64_t stride,
                  float* out);
-  // Hidden states [tokens, hidden] after the final norm; false where a key or value is not finite, as `bad` tells.
+  // Hidden states after the final norm; false where a key or value is not finite, as `bad` tells.
   bool forward(const Model& model, const KvLayer* cache, const Batch& batch, const Rotary* rotaries,
-               const float* query_scale, float* hidden, uint8_t* bad);
+               const float* query_scale, const Wanted& wanted, float* hidden, uint8_t* bad);
   void logits(const Model& model, const float* hidden, int64_t rows, float* out);
   void sample(const float* logits, int64_t rows, int vocab, const Sampling& how, int64_t* tokens);
 
@@ -37,6 +43,12 @@ class Step {
     int64_t chunks() const;
     int64_t rows() const;  // the most tokens that a block has
     Part part(int64_t unit) const;
+  };
+  // The residual stream, and what it gets next: x, normed by `post_norm` where there is one. Both [tokens, hidden].
+  struct Stream {
+    int64_t tokens;
+    float *residual, *x;
+    const float* post_norm;
   };
   template <class Body>
   void row_units(int64_t count, int64_t at_once, Body body);
@@ -58,6 +70,11 @@ class Step {
   void rotate(const Layer& layer, const Model& model, const Rotary* rotaries, int64_t t, const float* norm, float* x);
   void enter_cache(const Layer& layer, const Model& model, const KvLayer& cache, const Batch& batch,
                    const Rotary* rotaries, const float* scale, float* qkv, uint8_t* bad);
+  void add(const Model& model, const Stream& stream, int64_t t);
+  Input normed_inputs(const Model& model, const Linear& linear, const float* norm, bool has_x, Stream& stream);
+  float* chosen(const float* x, int64_t stride, int64_t width, const Wanted& wanted);
+  void narrow(const Model& model, const KvLayer& cache, const Batch& batch, const float* qkv, int64_t stride,
+              const Wanted& wanted, Stream& stream, float* mixed);
   int64_t sample_row(const float* logits, int count, const Sampling& how, int64_t row, float* weights);
   int64_t plan(const AttentionShape& shape, const Batch& batch, int lead, int at_once, Unit* units);
 
