@@ -6,29 +6,45 @@
 
 namespace kvant::KVANT_ISA {
 
-// Has a tile of floats, or of codes, attend to each tile that tokens [start, stop) lie in; there is one at least.
-template <class Attending>
-inline void attend_tiles(const Place& at, int64_t start, int64_t stop, Rows& rows, Attending& attending) {
+// Calls body(rows) for each tile that tokens [start, stop) lie in.
+template <class Body>
+inline void for_tiles(const Place& at, int64_t start, int64_t stop, const Body& body) {
   for (int64_t tile = start / kTile * kTile; tile < stop; tile += kTile)
-    attending.attend(at, TileRows(at, tile, std::max(tile, start), std::min<int64_t>(tile + kTile, stop)), rows);
+    body(TileRows(at, tile, std::max(tile, start), std::min<int64_t>(tile + kTile, stop)));
+}
+
+// New tokens [first, last) and what they attend to, tokens [oldest, stop), in 4 bits but for the sinks.
+inline void attend_codes(const Place& at, const AttentionWork& work, int first, int last, int64_t oldest,
+                         int64_t stop) {
+  Bundle bundles[kBundles];
+  const int rows = (last - first) * (at.shape.heads / at.shape.kv_heads);
+  const auto each = [&](const auto& body) {
+    for (int b = 0; b * kRowLanes < rows; ++b) body(bundles[b], b * kRowLanes);
+  };
+  each([&](Bundle& bundle, int row) { bundle.read(at, work, first, last, row); });
+  const int64_t codes = std::clamp<int64_t>(at.layer.sinks, oldest, stop);
+  for_tiles(at, oldest, codes, [&](const TileRows& it) {
+    alignas(kAlign) float keys[kTile * kMaxHeadDim], values[kTile * kMaxHeadDim];
+    decode_keys(at, it, keys);
+    decode_tile(at, at.layer.value, it, values);
+    each([&](Bundle& bundle, int) { bundle.attend(at, it, keys, values); });
+  });
+  for_tiles(at, codes, stop, [&](const TileRows& it) {
+    const CodeTile tile(at, it);
+    each([&](Bundle& bundle, int) { bundle.attend(at, it, tile); });
+  });
+  each([&](Bundle& bundle, int) { bundle.finish(at); });
 }
 
 // New tokens [first, last) of a sequence, at most kTileRows with the heads of one KV head, and all that they attend to.
 void attend_tile(const AttentionWork& work, int sequence, int first, int last, int kv_head) {
   const Place at(work, sequence, kv_head);
+  const int64_t position = work.batch->positions[first], stop = work.batch->positions[last - 1] + 1;
+  const int64_t oldest = at.shape.window ? std::max<int64_t>(0, position - at.shape.window + 1) : 0;
+  if (attends_by_codes(at)) return attend_codes(at, work, first, last, oldest, stop);
   Rows rows(at, work, first, last);
-  const int64_t stop = work.batch->positions[last - 1] + 1;
-  const int64_t oldest = at.shape.window ? std::max<int64_t>(0, rows.position - at.shape.window + 1) : 0;
-  const int64_t floats = attends_by_codes(at) ? std::clamp<int64_t>(at.layer.sinks, oldest, stop) : stop;
-  if (oldest < floats) {
-    FloatTile tile;
-    attend_tiles(at, oldest, floats, rows, tile);
-  }
-  if (floats < stop) {
-    CodeRows codes(at, rows);
-    attend_tiles(at, floats, stop, rows, codes);
-    codes.finish(at, rows);
-  }
+  FloatTile tile;
+  for_tiles(at, oldest, stop, [&](const TileRows& it) { tile.attend(at, it, rows); });
   rows.finish(at, work, first);
 }
 

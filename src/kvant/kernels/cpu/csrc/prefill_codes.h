@@ -1,330 +1,272 @@
-// Attention of many new tokens to 4-bit keys and values by integer dots: a tile of the context is spread to bytes once
-// for all query rows, of which kRowTile are worked on at a time.
+// Attention of many new tokens to 4-bit keys and values by integer dots. A lane is a query row: what a row has of its
+// own is in vectors, what a token has is in all lanes, and nothing is added or compared across lanes.
 #pragma once
 
-#include "panels.h"
-#include "prefill_rows.h"
+#include "prefill_lanes.h"
 
 namespace kvant::KVANT_ISA {
 
-#if defined(__AVX512VNNI__)
-constexpr int kRowTile = 12;  // sixteen lanes are one register
-#else
-constexpr int kRowTile = 6;
-#endif
-static_assert(kTileRows % kRowTile == 0, "rows behind the last have a place");
-constexpr int kPanelLanes = 16;  // tokens or dims whose dots stay in registers
-constexpr int kStepsAtOnce = 8;  // of four codes each, that `Dot` adds up
-constexpr int kTileSteps = kTile / 4;
-constexpr int kCodeWidth = 4 * kStepsAtOnce;  // tokens that a tile's weights come in
+constexpr int kBundles = kTileRows / kRowLanes;
+constexpr int kCodeWidth = 32;  // tokens that a tile's weights come in
+static_assert(kTileRows % kRowLanes == 0, "all rows have a lane");
 
-inline bool attends_by_codes(const Place& at) {
-  const Side &key = at.layer.key, &value = at.layer.value;
-  return is_4bit(key.kind) && key_is_integer(key, at.dim) && value_is_integer(value, at.dim) &&
-         has_narrow_weights(value, at.dim);
-}
-
-// A tile's codes and words of one side, put together; those of tokens outside of it are zero.
-struct Gathered {
-  alignas(kAlign) uint8_t codes[kTile * kMaxHeadDim / 2];
-  alignas(kAlign) uint16_t words[kTile * kMaxGroups];
-
-  Gathered(const Place& at, const Side& side, const TileRows& it) {
-    const int pitch = code_bytes(side, at.dim), width = meta_words(side);
-    const auto clear = [&](int begin, int end) {
-      std::fill(codes + begin * pitch, codes + end * pitch, uint8_t{0});
-      std::fill(words + begin * width, words + end * width, uint16_t{0});
-    };
-    clear(0, it.from);
-    clear(it.to, kTile);
-    for (int i = 0; i < it.count; ++i) {
-      const auto [begin, end, spot] = it.runs[i];
-      std::memcpy(codes + begin * pitch, codes_at<uint8_t>(side, at.dim, spot), (end - begin) * pitch);
-      std::memcpy(words + begin * width, meta_at(side, spot), sizeof(uint16_t) * (end - begin) * width);
-    }
-  }
-};
-
-// Keys' codes [kTile][dim / 2] as bytes: [16 tokens][step of 4 dims][2][8 tokens][4], dims in the order of a narrow
-// query's.
-inline void spread_keys(const uint8_t* rows, int dim, uint8_t* out) {
-  const int pitch = dim / 2, steps = dim / 4;
-  for (int t = 0; t < kTile; t += 8)
-    for (int b = 0; b < pitch; b += 16) {
-      B32 lanes[4];
-      lanes_of_rows(rows + t * pitch + b, pitch, lanes);
-      uint8_t* to = out + ((t / kPanelLanes * steps + b / 2) * 2 + t / 8 % 2) * 32;
-      for (int j = 0; j < 4; ++j, to += 128) {
-        store(to, lanes[j] & 15);
-        store(to + 64, as<B32>(as<U8>(lanes[j]) >> 4) & 15);
-      }
-    }
-}
-
-typedef uint8_t B16 __attribute__((vector_size(16)));
-
-// Bytes of four rows side by side: `First` to `First` + 7 of each.
-template <int First>
-inline B32 interleave_rows(const B16 (&x)[4]) {
-  static constexpr int f = First, s = First + 16;  // clang would have the closure capture them
-  const auto zip = [](B16 a, B16 b) {
-    return as<W8>(__builtin_shufflevector(a, b, f, s, f + 1, s + 1, f + 2, s + 2, f + 3, s + 3, f + 4, s + 4, f + 5,
-                                          s + 5, f + 6, s + 6, f + 7, s + 7));
-  };
-  return as<B32>(__builtin_shufflevector(zip(x[0], x[1]), zip(x[2], x[3]), 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6,
-                                         14, 7, 15));
-}
-
-// Values' codes [kTile][dim / 2], less 8, as bytes: [16 dims][step of 4 tokens][even dims, odd dims][8 dims][4].
-inline void spread_values(const uint8_t* rows, int dim, uint8_t* out) {
-  const int pitch = dim / 2;
-  for (int t = 0; t < kTile; t += 4)
-    for (int b = 0; b < pitch; b += 16) {
-      B16 x[4];
-      for (int i = 0; i < 4; ++i) x[i] = load<B16>(rows + (t + i) * pitch + b);
-      uint8_t* to = out + (b / 8 * kTileSteps + t / 4) * 64;
-      for (const B32 bytes : {interleave_rows<0>(x), interleave_rows<8>(x)}) {
-        store(to, (bytes & 15) - 8);
-        store(to + 32, (as<B32>(as<U8>(bytes) >> 4) & 15) - 8);
-        to += kTileSteps * 64;
-      }
-    }
-}
-
-// A tile of the context: bytes, what they mean, and what the keys' centre is to them.
-struct CodeTile {
-  alignas(kAlign) uint8_t keys[kTile * kMaxHeadDim], values[kTile * kMaxHeadDim];
-  alignas(kAlign) float terms[kMaxOrder][kMaxHeadDim] = {};
-  Steps key_steps, value_steps;
-
-  CodeTile(const Place& at, const TileRows& it)
-      : CodeTile(at, it, Gathered(at, at.layer.key, it), Gathered(at, at.layer.value, it)) {}
-
- private:
-  CodeTile(const Place& at, const TileRows& it, const Gathered& key, const Gathered& value)
-      : key_steps(at.layer.key, at.kv_head, key.words, kTile, it.from, it.to),
-        value_steps(at.layer.value, at.kv_head, value.words, kTile, it.from, it.to) {
-    spread_keys(key.codes, at.dim, keys);
-    spread_values(value.codes, at.dim, values);
-    for (int g = 0; g < groups_of(at.layer.value); ++g)
-      map_row(value_steps.scale[g], kTile, value_steps.shift[g],
-              [&](int t, F8 scale, int) { return load<F8>(value_steps.shift[g] + t) - all(8.0f) * scale; });
-    for (int j = 0; at.layer.key.centre && j < at.layer.key.order; ++j) centre_term(at, it.tile, j, terms[j]);
-  }
-};
-
-// Calls use(m, lane, dots) for a tile's rows' numbers, [step][4] and `Pitch` apart, and 16 lanes' codes, [step][2][32],
-// for as many lanes at a time as a register has. Codes are unsigned, or else the rows' numbers are.
-#if defined(__AVX512VNNI__)
-template <int Steps, int Pitch, bool Unsigned, class Use>
-inline void code_dots(const uint8_t* codes, const int8_t* x, const Use& use) {
-  __m512i dots[kRowTile] = {};
-  for (int first = 0; first < Steps; first += kStepsAtOnce) {
-    KVANT_UNROLL
-    for (int s = 0; s < kStepsAtOnce; ++s, codes += 64, x += 4) {
-      const __m512i c = load<__m512i>(codes);
-      for (int m = 0; m < kRowTile; ++m) {
-        const __m512i a = _mm512_set1_epi32(load<int32_t>(x + m * Pitch));
-        dots[m] = Unsigned ? _mm512_dpbusd_epi32(dots[m], c, a) : _mm512_dpbusd_epi32(dots[m], a, c);
-      }
-    }
-  }
-  for (int m = 0; m < kRowTile; ++m) use(m, 0, (I16)dots[m]);
-}
-#else
-template <int Steps, int Pitch, bool Unsigned, class Use>
-inline void code_dots(const uint8_t* codes, const int8_t* x, const Use& use) {
-  static_assert(Steps * 2 * (Unsigned ? 15 : 8) * 127 <= 32767, "sums fit 16 bits");
-  Dot dots[kRowTile][2];
-  for (int first = 0; first < Steps; first += kStepsAtOnce) {
-    KVANT_UNROLL
-    for (int s = 0; s < kStepsAtOnce; ++s, codes += 64, x += 4) {
-      const B32 c[2] = {load<B32>(codes), load<B32>(codes + 32)};
-      for (int m = 0; m < kRowTile; ++m) {
-        const B32 a = broadcast4(x + m * Pitch);
-        for (int b = 0; b < 2; ++b) Unsigned ? dots[m][b].add(c[b], a) : dots[m][b].add(a, c[b]);
-      }
-    }
-  }
-  for (int m = 0; m < kRowTile; ++m)
-    for (int b = 0; b < 2; ++b) use(m, 8 * b, dots[m][b].total());
-}
-#endif
-
-// The query rows as integers, and what of their sums is not in floats yet. While a CodeRows is at work, a row's sums
-// are in the order of `spread_values`: of 16 dims the even ones, then the odd ones.
-class CodeRows {
+// As many query rows as there are lanes, those behind the last one the same as it; their sums so far.
+class Bundle {
  public:
-  CodeRows(const Place& at, Rows& rows) {
-    for (int row = 0; row < rows.count; ++row) {
-      IntegerQuery query;
-      quantize_query(at.layer.key, rows.inner + row * at.dim, at.dim, &query);
-      std::copy(query.narrow, query.narrow + at.dim, queries_[row]);
-      std::copy(query.step, query.step + kMaxGroups, step_[row]);
-      std::copy(query.sum, query.sum + kMaxGroups, sum_[row]);
-      reorder(rows.sums + row * at.dim, at.dim, [](F8& a, F8& b) {
-        const F8 x = a, y = b;
-        a = __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14);
-        b = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15);
-      });
+  // Rows from `row` on of those of the tokens [first, last), which are `row / shared` tokens from the first.
+  void read(const Place& at, const AttentionWork& work, int first, int last, int row) {
+    const int shared = at.shape.heads / at.shape.kv_heads, rows = (last - first) * shared;
+    const float* from[kRowLanes];
+    count_ = std::min(kRowLanes, rows - row);
+    for (int lane = 0; lane < kRowLanes; ++lane) {
+      const int mine = row + std::min(lane, count_ - 1), token = first + mine / shared;
+      const int64_t head = int64_t{at.kv_head} * shared + mine % shared;
+      from[lane] = work.q + token * work.q_stride + head * at.dim;
+      out_[lane] = work.out + (int64_t{token} * at.shape.heads + head) * at.dim;
+      positions_[lane] = work.batch->positions[first] + mine / shared;
+    }
+    to_lanes(from, at.dim, queries_);
+    shape_queries(at);
+    round_queries(at.layer.key, at.dim);
+    std::fill(sums_, sums_ + at.dim * kRowLanes, 0.0f);
+  }
+
+  // Attends to a tile's tokens.
+  void attend(const Place& at, const TileRows& it, const CodeTile& tile) {
+    const int width = (seen_by_last(it) + kCodeWidth - 1) & -kCodeWidth;
+    if (width <= it.from) return;
+    alignas(kAlign) float scores[kTile * kRowLanes];
+    with_count<kMaxGroups>(groups_of(at.layer.key), [&](auto groups) {
+      with_count<kMaxOrder + 1>(at.layer.key.centre ? at.layer.key.order + 1 : 1,
+                                [&](auto terms) { start_scores<terms() - 1, groups()>(at, tile, width, scores); });
+    });
+    add_scores(at, tile, width, scores);
+    raise(at, it, 0, width, scores);
+    with_count<kMaxGroups>(groups_of(at.layer.value),
+                           [&](auto groups) { add_values<groups()>(at, tile, width, scores); });
+  }
+
+  // The same of tokens whose keys and values are floats, [kTile][dim].
+  void attend(const Place& at, const TileRows& it, const float* keys, const float* values) {
+    const int stop = seen_by_last(it);
+    if (stop <= it.from) return;
+    alignas(kAlign) float scores[kTile * kRowLanes];
+    for (int t = it.from & -4; t < stop; t += 4) {
+      FWide products[4];
+      multiply<4>(keys + t * at.dim, at.dim, at.dim, products);
+      for (int i = 0; i < 4; ++i) store(scores + (t + i) * kRowLanes, products[i]);
+    }
+    raise(at, it, it.from, stop, scores);
+    for (int t = it.from; t < stop; ++t) {
+      const FWide weight = power_of_two(load<FWide>(scores + t * kRowLanes) - top_);
+      total_ += weight;
+      store(scores + t * kRowLanes, weight);
+    }
+    for (int d = 0; d < at.dim; ++d) {
+      FWide sum = load<FWide>(sums_ + d * kRowLanes);
+      for (int t = it.from; t < stop; ++t)
+        sum += load<FWide>(scores + t * kRowLanes) * all<FWide>(values[t * at.dim + d]);
+      store(sums_ + d * kRowLanes, sum);
     }
   }
 
-  void attend(const Place& at, const TileRows& it, Rows& rows) {
-    const CodeTile tile(at, it);
-    for (int first = 0; first < rows.count; first += kRowTile) {
-      const int last = std::min(rows.count, first + kRowTile) - 1;
-      const int from = rows.seen(at, it, first).from, to = rows.seen(at, it, last).to;
-      if (from < to) attend_rows(at, it, tile, rows, first, last + 1, (to + kCodeWidth - 1) & -kCodeWidth);
+  // Writes the outputs.
+  void finish(const Place& at) {
+    const Side& value = at.layer.value;
+    const int size = at.dim / groups_of(value);
+    const FWide share = all<FWide>(1.0f) / total_;
+    for (int d = 0; d < at.dim; ++d) {
+      float* sum = sums_ + d * kRowLanes;
+      store(sum, (load<FWide>(sum) - shifts_[d / size]) * share);
     }
-  }
-
-  // Puts the rows' sums in the order of dims, and takes the values' shifts from them.
-  void finish(const Place& at, Rows& rows) const {
-    const int size = at.dim / groups_of(at.layer.value);
-    for (int row = 0; row < rows.count; ++row) {
-      float* x = rows.sums + row * at.dim;
-      for (int d = 0; d < at.dim; d += size) {
-        const F8 shift = all(sum(shifts_[row][d / size]));
-        map_row(x + d, size, x + d, [&](int, F8 v, int) { return v - shift; });
-      }
-      reorder(x, at.dim, [](F8& a, F8& b) {
-        const F8 even = a, odd = b;
-        a = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
-        b = __builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
-      });
+    if (value.shaped) {
+      hadamard_lanes(sums_, at.dim);
+      if (value.balance) divide(sums_, value.balance + at.kv_head * at.dim, at.dim);
     }
+    from_lanes(sums_, at.dim, count_, out_);
   }
 
  private:
-  alignas(kAlign) int8_t queries_[kTileRows][kMaxHeadDim] = {};
-  float step_[kTileRows][kMaxGroups] = {}, sum_[kTileRows][kMaxGroups] = {};
-  F8 shifts_[kTileRows][kMaxGroups] = {};  // what the weights made of the values' shifts
-  // Of the rows at hand. Behind a tile's last row they are anything, and so become sums that nobody uses.
-  alignas(kAlign) float scores_[kRowTile][kTile] = {};
-  alignas(kAlign) int8_t weights_[kMaxGroups][kRowTile][kTile] = {};
-  float units_[kRowTile] = {};
-  bool seen_[kRowTile] = {};
+  alignas(kAlign) float queries_[kMaxHeadDim * kRowLanes];  // [dim][lane], shaped as the keys are
+  alignas(kAlign) float sums_[kMaxHeadDim * kRowLanes];     // [dim][lane]
+  alignas(kAlign) uint8_t codes_[kMaxHeadDim * kRowLanes];  // of queries: [4 dims, in the order of keys][lane][4]
+  FWide step_[kMaxGroups], sum_[kMaxGroups];                // of these: a unit, and their sums times it
+  FWide top_ = all<FWide>(std::numeric_limits<float>::lowest()), total_ = all<FWide>(0.0f);
+  FWide shifts_[kMaxGroups] = {};  // what the weights made of the values' shifts
+  float* out_[kRowLanes];
+  int64_t positions_[kRowLanes];
+  int count_;
 
-  template <class Reorder>
-  static void reorder(float* x, int dim, Reorder two) {
-    for (int d = 0; d < dim; d += 16) {
-      F8 a = load<F8>(x + d), b = load<F8>(x + d + 8);
-      two(a, b);
-      store(x + d, a);
-      store(x + d + 8, b);
+  static void divide(float* x, const float* by, int dim) {
+    alignas(kAlign) float inverse[kMaxHeadDim];
+    map_row(by, dim, inverse, [](int, F8 v, int) { return all(1.0f) / v; });
+    for (int d = 0; d < dim; ++d) store(x + d * kRowLanes, load<FWide>(x + d * kRowLanes) * all<FWide>(inverse[d]));
+  }
+
+  void shape_queries(const Place& at) {
+    const Side& key = at.layer.key;
+    const FWide scale = all<FWide>(at.shape.softcap > 0 ? at.shape.scale : at.shape.scale * kLog2E);
+    for (int d = 0; d < at.dim; ++d)
+      store(queries_ + d * kRowLanes, load<FWide>(queries_ + d * kRowLanes) * scale);
+    if (!key.shaped) return;
+    if (key.balance) divide(queries_, key.balance + at.kv_head * at.dim, at.dim);
+    hadamard_lanes(queries_, at.dim);
+  }
+
+  void round_queries(const Side& key, int dim) {
+    const int size = dim / groups_of(key);
+    uint8_t* to = codes_;
+    for (int g = 0; g < groups_of(key); ++g) {
+      const float* x = queries_ + g * size * kRowLanes;
+      FWide top = all<FWide>(1e-30f);
+      for (int d = 0; d < size; ++d) {
+        const FWide v = load<FWide>(x + d * kRowLanes);
+        top = larger(top, larger(v, -v));
+      }
+      const FWide inverse = all<FWide>(127.0f) / top;
+      IWide added = {};
+      const auto code = [&](int d) {
+        const IWide rounded = to_int(load<FWide>(x + d * kRowLanes) * inverse);
+        added += rounded;
+        return rounded;
+      };
+      for (int d = 0; d < size; d += 8)
+        for (int i = d; i < d + 2; ++i, to += kStepBytes)
+          store(to, four_bytes(code(i) & 255, code(i + 2) & 255, code(i + 4) & 255, code(i + 6)));
+      step_[g] = top * all<FWide>(1.0f / 127);
+      sum_[g] = step_[g] * to_float(added);
     }
   }
 
-  // Rows [first, last), at most kRowTile, and the tile's first `width` tokens.
-  void attend_rows(const Place& at, const TileRows& it, const CodeTile& tile, Rows& rows, int first, int last,
-                   int width) {
-    start_scores(at, tile, rows, first, last);
-    add_scores(at, tile, first, width);
-    for (int row = first; row < last; ++row) raise(at, it, rows, row, row - first, width);
-    with_count<kMaxGroups>(groups_of(at.layer.value), [&](auto groups) {
-      with_tile(width, [&](auto count) { weigh<groups()>(tile, rows, first, last, count); });
-    });
-    add_values(at, tile, rows.sums + first * at.dim, width);
+  // Of a tile's tokens, how many the last row sees the end of.
+  int seen_by_last(const TileRows& it) const {
+    return static_cast<int>(std::clamp<int64_t>(positions_[kRowLanes - 1] + 1 - it.tile * kTile, 0, it.to));
   }
 
-  // What the keys' centre and their shifts make of the scores of rows [first, last).
-  void start_scores(const Place& at, const CodeTile& tile, const Rows& rows, int first, int last) {
-    alignas(kAlign) float weights[kRowTile][kMaxOrder];
-    const int order = at.layer.key.centre ? at.layer.key.order : 0;
-    for (int row = first; order && row < last; ++row)
-      centre_weights(at, tile, rows.inner + row * at.dim, weights[row - first]);
-    with_count<kMaxOrder + 1>(order + 1, [&](auto terms) {
-      with_count<kMaxGroups>(groups_of(at.layer.key), [&](auto groups) {
-        for (int row = first; row < last; ++row)
-          start_row<terms() - 1, groups()>(at, tile, weights[row - first], sum_[row], scores_[row - first]);
-      });
-    });
+  // The queries' products with `Count` vectors, `pitch` floats apart.
+  template <int Count>
+  void multiply(const float* x, int pitch, int dim, FWide* out) const {
+    FWide even[Count] = {}, odd[Count] = {};
+    for (int d = 0; d < dim; d += 2) {
+      const FWide a = load<FWide>(queries_ + d * kRowLanes), b = load<FWide>(queries_ + (d + 1) * kRowLanes);
+      for (int i = 0; i < Count; ++i) even[i] += a * all<FWide>(x[i * pitch + d]);
+      for (int i = 0; i < Count; ++i) odd[i] += b * all<FWide>(x[i * pitch + d + 1]);
+    }
+    for (int i = 0; i < Count; ++i) out[i] = even[i] + odd[i];
   }
 
-  static void centre_weights(const Place& at, const CodeTile& tile, const float* query, float* weights) {
-    F8 dots[kMaxOrder] = {};
-    for (int i = 0; i < at.dim; i += 8)
-      for (int j = 0; j < kMaxOrder; ++j) dots[j] += load<F8>(query + i) * load<F8>(tile.terms[j] + i);
-    sums4(dots, weights);
-  }
-
+  // What the keys' centre and their shifts make of the scores, [width][lane].
   template <int Order, int Groups>
-  static void start_row(const Place& at, const CodeTile& tile, const float* weights, const float* sum, float* out) {
-    for (int t = 0; t < kTile; t += kLanesOf<FWide>) {
+  void start_scores(const Place& at, const CodeTile& tile, int width, float* scores) const {
+    FWide weights[Order + 1];
+    if constexpr (Order > 0) multiply<Order>(tile.terms[0], kMaxHeadDim, at.dim, weights);
+    for (int t = 0; t < width; ++t) {
       FWide score = all<FWide>(0.0f);
-      for (int j = 0; j < Order; ++j) score += all<FWide>(weights[j]) * load<FWide>(at.layer.basis + j * kTile + t);
-      for (int g = 0; g < Groups; ++g) score -= all<FWide>(sum[g]) * load<FWide>(tile.key_steps.shift[g] + t);
-      store(out + t, score);
+      for (int j = 0; j < Order; ++j) score += weights[j] * all<FWide>(at.layer.basis[j * kTile + t]);
+      for (int g = 0; g < Groups; ++g) score -= sum_[g] * all<FWide>(tile.key_steps.shift[g][t]);
+      store(scores + t * kRowLanes, score);
     }
   }
 
-  void add_scores(const Place& at, const CodeTile& tile, int first, int width) {
-    const int groups = groups_of(at.layer.key), steps = at.dim / 4;
-    const uint8_t* codes = tile.keys;
-    for (int t = 0; t < width; t += kPanelLanes)
-      for (int s = 0; s < steps; s += kStepsAtOnce, codes += kStepsAtOnce * 64) {
-        const int g = s * groups / steps;
+  void add_scores(const Place& at, const CodeTile& tile, int width, float* scores) const {
+    const int size = at.dim / groups_of(at.layer.key);
+    for (int d = 0; d < at.dim; d += kDotDims) {
+      const int g = d / size;
+      const FWide step = step_[g];
+      for (int t = 0; t < width; t += kDotsAtOnce) {
         const float* scales = tile.key_steps.scale[g] + t;
-        code_dots<kStepsAtOnce, kMaxHeadDim, true>(codes, queries_[first] + 4 * s, [&](int m, int lane, IWide dots) {
-          float* score = scores_[m] + t + lane;
-          const FWide product = to_float(dots) * all<FWide>(step_[first + m][g]);
-          store(score, load<FWide>(score) + load<FWide>(scales + lane) * product);
+        float* to = scores + t * kRowLanes;
+        const uint8_t* codes = tile.keys + t / kTileLanes * kTileLanes * at.dim + d * kTileLanes + t % kTileLanes * 4;
+        key_dots(codes, codes_ + d * kRowLanes, [&](int i, IWide dots) {
+          float* score = to + i * kRowLanes;
+          store(score, load<FWide>(score) + to_float(dots) * (step * all<FWide>(scales[i])));
         });
       }
-  }
-
-  // Notes a row's largest score, and takes those out that it does not see.
-  void raise(const Place& at, const TileRows& it, Rows& rows, int row, int m, int width) {
-    const auto [from, to] = rows.seen(at, it, row);
-    seen_[m] = from < to;
-    if (!seen_[m]) return;
-    cap_scores(scores_[m], width, at.shape.softcap);
-    if (from > 0 || to < width) mask_scores(scores_[m], from, to, width);
-    const float kept = rows.softmax[row].raise(scores_[m], width, kSlack);
-    if (kept == 1) return;
-    scale_row(rows.sums + row * at.dim, at.dim, kept);
-    for (F8& shift : shifts_[row]) shift *= all(kept);
-  }
-
-  // Turns scores into rounded weights.
-  template <int Groups, class Count>
-  void weigh(const CodeTile& tile, Rows& rows, int first, int last, Count width) {
-    alignas(kAlign) float scaled[kRowTile][Groups][kTile];
-    for (int row = first, m = 0; row < last; ++row, ++m) {
-      float top = 0;
-      if (seen_[m])
-        top = scale_weights<Groups>(scores_[m], tile.value_steps, width, rows.softmax[row], shifts_[row], scaled[m]);
-      units_[m] = top / kTopNarrow;
     }
-    for (int m = 0; m < last - first; ++m)
-      for (int g = 0; g < Groups; ++g) round_weights(scaled[m][g], width, m, weights_[g][m]);
   }
 
-  template <class Count>
-  void round_weights(const float* scaled, Count width, int m, int8_t* out) const {
-    if (!seen_[m]) return std::fill(out, out + width, int8_t{0});
-    const FWide inverse = all<FWide>(units_[m] > 0 ? 1.0f / units_[m] : 0.0f);
-    for (int t = 0; t < width; t += 32) {
-      constexpr int kAtOnce = kLanesOf<FWide>;
-      IWide rounded[32 / kAtOnce];
-      for (int i = 0; i < 32 / kAtOnce; ++i) {
-        const int slot = t + kAtOnce * i;
-        rounded[i] = to_int(dithered(load<FWide>(scaled + slot), inverse, slot));
+  // Takes scores [begin, end) out that a row does not see, and notes the largest. Up to kSlack above the top so far,
+  // they leave it as it is; else sums are scaled.
+  void raise(const Place& at, const TileRows& it, int begin, int end, float* scores) {
+    cap_scores(scores + begin * kRowLanes, (end - begin) * kRowLanes, at.shape.softcap);
+    hide(at, it, begin, end, scores);
+    FWide even = all<FWide>(kNever), odd = even;  // in turn: each waits for its last
+    int t = begin;
+    for (; t + 2 <= end; t += 2) {
+      even = larger(even, load<FWide>(scores + t * kRowLanes));
+      odd = larger(odd, load<FWide>(scores + (t + 1) * kRowLanes));
+    }
+    if (t < end) even = larger(even, load<FWide>(scores + t * kRowLanes));
+    const FWide tops = larger(larger(even, odd), top_);
+    if (largest(folded_top(tops - top_)) <= kSlack) return;
+    const FWide kept = power_of_two(top_ - tops);
+    top_ = tops;
+    total_ *= kept;
+    for (FWide& shift : shifts_) shift *= kept;
+    for (int d = 0; d < at.dim; ++d) store(sums_ + d * kRowLanes, load<FWide>(sums_ + d * kRowLanes) * kept);
+  }
+
+  void hide(const Place& at, const TileRows& it, int begin, int end, float* scores) const {
+    const int64_t base = it.tile * kTile, window = at.shape.window;
+    const auto oldest = [&](int64_t self) { return window ? self - window + 1 - base : 0; };
+    const int64_t seen = std::min<int64_t>(it.to, positions_[0] + 1 - base);  // by all rows
+    if (it.from <= begin && oldest(positions_[kRowLanes - 1]) <= begin && end <= seen) return;
+    alignas(kAlign) int32_t from[kRowLanes], count[kRowLanes];
+    for (int lane = 0; lane < kRowLanes; ++lane) {
+      from[lane] = static_cast<int32_t>(std::clamp<int64_t>(oldest(positions_[lane]), it.from, kTile));
+      const auto to = static_cast<int32_t>(std::clamp<int64_t>(positions_[lane] + 1 - base, 0, it.to));
+      count[lane] = std::max(0, to - from[lane]);
+    }
+    for (int t = begin; t < end; ++t) {
+      float* score = scores + t * kRowLanes;
+      for (int lane = 0; lane < kRowLanes; ++lane)
+        score[lane] = static_cast<uint32_t>(t - from[lane]) < static_cast<uint32_t>(count[lane]) ? score[lane] : kNever;
+    }
+  }
+
+  // Turns scores into weights, rounds them for each of the values' groups, and adds the values.
+  template <int Groups>
+  void add_values(const Place& at, const CodeTile& tile, int width, const float* scores) {
+    alignas(kAlign) float scaled[Groups][kTile * kRowLanes];
+    alignas(kAlign) uint8_t weights[Groups][kTile * kRowLanes];
+    const FWide unit = weigh<Groups>(tile, width, scores, scaled) * all<FWide>(1.0f / kTopNarrow);
+    const FWide inverse = all<FWide>(1.0f) / larger(unit, all<FWide>(1e-30f));
+    for (int g = 0; g < Groups; ++g) {
+      const auto rounded = [&](int t) {
+        return to_int(load<FWide>(scaled[g] + t * kRowLanes) * inverse + all<FWide>(kDither.of[t]));
+      };
+      for (int t = 0; t < width; t += 4)
+        store(weights[g] + t / 4 * kStepBytes, four_bytes(rounded(t), rounded(t + 1), rounded(t + 2), rounded(t + 3)));
+    }
+    for (int d = 0; d < at.dim; d += 16)
+      for (int i = 0; i < 16; i += kDotsAtOnce) {
+        const uint8_t *codes = tile.values + d * kTile + 4 * i, *w = weights[d * Groups / at.dim];
+        const auto add = [&](int k, IWide dots) {  // of 16 dims the even ones, then the odd ones
+          float* sum = sums_ + (d + (i + k) % 8 * 2 + (i + k) / 8) * kRowLanes;
+          store(sum, load<FWide>(sum) + to_float(dots) * unit);
+        };
+        width == kTile ? value_dots<kTileSteps>(codes, w, add) : value_dots<kTileSteps / 2>(codes, w, add);
       }
-      store_bytes(out + t, rounded);
-    }
   }
 
-  void add_values(const Place& at, const CodeTile& tile, float* sums, int width) const {
-    const int size = at.dim / groups_of(at.layer.value);
-    const uint8_t* codes = tile.values;
-    for (int d = 0; d < at.dim; d += kPanelLanes, codes += kTileSteps * 64) {
-      const auto add = [&](int m, int lane, IWide dots) { add_scaled(dots, units_[m], sums + m * at.dim + d + lane); };
-      const int8_t* weights = weights_[d / size][0];
-      width == kTile ? code_dots<kTileSteps, kTile, false>(codes, weights, add)
-                     : code_dots<kTileSteps / 2, kTile, false>(codes, weights, add);
+  // Weights times the values' scales, [group][width][lane]; returns the largest of each lane.
+  template <int Groups>
+  FWide weigh(const CodeTile& tile, int width, const float* scores, float (*scaled)[kTile * kRowLanes]) {
+    FWide most = all<FWide>(0.0f), total = total_, shift[Groups];
+    for (int g = 0; g < Groups; ++g) shift[g] = shifts_[g];
+    for (int t = 0; t < width; ++t) {
+      const FWide weight = power_of_two(load<FWide>(scores + t * kRowLanes) - top_);
+      total += weight;
+      for (int g = 0; g < Groups; ++g) {
+        const FWide x = weight * all<FWide>(tile.value_steps.scale[g][t]);
+        shift[g] += weight * all<FWide>(tile.value_steps.shift[g][t]);
+        most = larger(most, x);
+        store(scaled[g] + t * kRowLanes, x);
+      }
     }
+    total_ = total;
+    for (int g = 0; g < Groups; ++g) shifts_[g] = shift[g];
+    return most;
   }
 };
 

@@ -55,9 +55,10 @@ inline void decode_tile(const Place& at, const Side& side, const TileRows& it, f
   }
 }
 
-// Adds to a tile's keys what their centre is to the inner codec.
-inline void add_centre_to_keys(const Place& at, const TileRows& it, float* keys) {
+// A tile's keys likewise, with what their centre is to the inner codec.
+inline void decode_keys(const Place& at, const TileRows& it, float* keys) {
   const Side& key = at.layer.key;
+  decode_tile(at, key, it, keys);
   for (int j = 0; key.centre && j < key.order; ++j) {
     float term[kMaxHeadDim];
     centre_term(at, it.tile, j, term);
@@ -85,8 +86,7 @@ class FloatTile {
  public:
   void attend(const Place& at, const TileRows& it, Rows& rows) {
     alignas(32) float keys[kTile * kMaxHeadDim];
-    decode_tile(at, at.layer.key, it, keys);
-    add_centre_to_keys(at, it, keys);
+    decode_keys(at, it, keys);
     transpose_tile(keys, at.dim, width_of(it), keys_);
     decode_tile(at, at.layer.value, it, values_);
     const int width = width_of(it);
