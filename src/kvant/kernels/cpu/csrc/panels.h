@@ -5,24 +5,9 @@
 // scales, so that all sums of a panel fit 32 bits. What is left for each sum is two multiplications and an addition.
 #pragma once
 
-#include <algorithm>
-
-#include "vectors.h"
+#include "panel_input.h"
 
 namespace kvant::KVANT_ISA {
-
-constexpr int kTileTokens = 6;
-constexpr int kPanelTokens = 2 * kTileTokens + 1;  // up to two tiles of tokens, a tile unpacks for itself
-#if defined(__AVX512VNNI__)
-constexpr int kPanelHeight = 8, kPanelBlocks = 4;  // 16 registers of dots
-#else
-constexpr int kPanelHeight = 6, kPanelBlocks = 2;  // whose sums and dots stay in registers
-#endif
-static_assert(kPanelHeight <= 8, "tokens are lanes");
-constexpr int kPanelColumns = 1024;                // of 4 bits, so that a panel stays in a near cache; half of 8
-constexpr int kUnits = Dot::kUnits;
-constexpr float kScaleTop = 32767, kScaleUnit = 32768;
-constexpr float kScaleSum = 65000;  // of a token's scales: times 32 * 8 * 127 it stays below 2^31, rounding included
 
 inline int num_spans(const Weight& w, int padded) { return (padded + w.group - 1) / w.group; }
 
@@ -99,121 +84,8 @@ inline void start_all(Dot (&dots)[M][NB], const int32_t* starts) {
     for (int b = 0; b < NB; ++b) dots[m][b].start(starts[m]);
 }
 
-// How columns are cut: a unit has one scale of the weight and one of the tokens, 16 or 32 columns; a round is as many
-// units as a lane of `Dot` holds apart; a part is the rounds of one panel.
-struct Cut {
-  int unit, rounds, part, planes;
-  Cut(const Weight& w, int columns) : unit(std::min(w.group, kGroup)), planes(w.kind == kWeightU4 ? 1 : 2) {
-    rounds = (columns + kUnits * unit - 1) / (kUnits * unit);
-    part = kPanelColumns / planes / (kUnits * unit);
-  }
-  int steps() const { return kUnits * unit / 4; }
-  int parts() const { return (rounds + part - 1) / part; }
-  // Numbers of a round for each token: where its sums start, codes, scales.
-  int numbers() const { return steps() + 2; }
-};
-
-// Tiles of about equal heights, kPanelHeight or one less: of at most 6, 13 tokens are 5 + 5 + 3, not 6 + 6 + 1.
-int panel_height(int64_t tokens) {
-  if (tokens < kPanelTokens) return 0;
-  const int64_t tiles = (tokens + kPanelHeight - 1) / kPanelHeight;
-  return std::max(kPanelHeight - 1, static_cast<int>((tokens + tiles - 1) / tiles));
-}
-
-// Of up to eight tokens from the row's on, which are lanes: a unit's scales, and the sums of its codes. Lanes behind a
-// tile's tokens hold anything, or what another thread is writing, and nobody uses what becomes of them; integers are
-// unsigned where they could overflow.
-inline F8 unit_scales(const QuantizedRow& row, const Cut& cut, int u) {
-  return load<F8>(row.scales + u * cut.unit / kGroup * row.stride);
-}
-
-inline U8 unit_sums(const QuantizedRow& row, const Cut& cut, int u) {
-  if (cut.unit < kGroup) return load<U8>(row.half_sums + u * row.stride);
-  return load<U8>(row.half_sums + 2 * u * row.stride) + load<U8>(row.half_sums + (2 * u + 1) * row.stride);
-}
-
-// The units of a round in one number a token, as a lane of `Dot` has them.
-inline I8 lanes_of(const U8 (&x)[2]) { return as<I8>(kUnits == 1 ? x[0] : (x[0] & 0xffff) | x[1] << 16); }
-
-// Scales and starts of a tile's tokens, which are lanes, for the units [begin, end) of one part; returns what a scale
-// of 1 stands for.
-template <int Height>
-inline F8 panel_scales(const QuantizedRow& row, const Cut& cut, int begin, int end, int32_t* out) {
-  F8 top = all(0.0f), total = all(0.0f);
-  for (int u = begin; u < end; ++u) {
-    top = larger(top, unit_scales(row, cut, u));
-    total += unit_scales(row, cut, u);  // NaN where one is
-  }
-  total *= all(cut.unit / static_cast<float>(kGroup));
-  const F8 step = larger(total * all(1 / kScaleSum), top * all(1 / kScaleTop));
-  const F8 inverse = step > all(0.0f) ? all(1.0f) / step : all(0.0f);
-  for (int u = begin; u < end; u += kUnits, out += cut.numbers() * Height) {
-    U8 scales[2] = {}, starts[2] = {};
-    for (int i = 0; i < kUnits && u + i < end; ++i) {
-      scales[i] = as<U8>(to_int(unit_scales(row, cut, u + i) * inverse));
-      starts[i] = unit_sums(row, cut, u + i) * static_cast<uint32_t>(-8);
-    }
-    const I8 start = lanes_of(starts), scale = Dot::scale_of(lanes_of(scales));
-    std::memcpy(out, &start, sizeof(int32_t) * Height);
-    std::memcpy(out + (cut.steps() + 1) * Height, &scale, sizeof(int32_t) * Height);
-  }
-  return total >= all(0.0f) ? step : total;
-}
-
-typedef int16_t W8 __attribute__((vector_size(16)));
-
-// Eight numbers of a token, four columns each: with two units, two columns of each; of the second, which may be null,
-// zeros.
-inline I8 panel_numbers(const int8_t* first, const int8_t* second) {
-  if constexpr (kUnits == 1) return load<I8>(first);
-  const W8 a = load<W8>(first), b = second ? load<W8>(second) : W8{};
-  return as<I8>(__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
-}
-
-// A round's codes of a tile's tokens, `padded` apart, step by step. Behind the last step, up to three numbers are
-// written where the scales come later.
-template <int Height>
-inline void panel_codes(const int8_t* first, const int8_t* second, int padded, int tokens, const Cut& cut,
-                        int32_t* out) {
-  for (int at = 0; at < cut.steps(); at += 8) {
-    const int columns = at * 4 / kUnits;
-    F8 numbers[8] = {};
-    for (int m = 0; m < Height; ++m) {
-      const int64_t from = int64_t{std::min(m, tokens - 1)} * padded + columns;
-      numbers[m] = as<F8>(panel_numbers(first + from, second ? second + from : nullptr));
-    }
-    transpose8(numbers);
-    for (int i = 0; i < std::min(8, cut.steps() - at); ++i) store(out + (at + i) * Height, numbers[i]);
-  }
-}
-
-// Makes of the quantized rows [first, last), a tile, what panels take.
-template <int Height>
-void panel_rows(const Weight& w, const Input& in, int first, int last) {
-  const Cut cut(w, in.padded);
-  const QuantizedRow row = in.row(first);
-  const int tile = first / Height, units = in.padded / cut.unit;
-  int32_t* out = in.panels.tiles + int64_t{tile} * cut.rounds * cut.numbers() * Height;
-  for (int r = 0; r < cut.rounds; ++r) {
-    const int8_t* codes = row.codes + r * kUnits * cut.unit;
-    const int8_t* other = kUnits == 2 && r * 2 + 1 < units ? codes + cut.unit : nullptr;
-    panel_codes<Height>(codes, other, in.padded, last - first, cut, out + (r * cut.numbers() + 1) * Height);
-  }
-  float* steps = in.panels.steps + int64_t{tile} * cut.parts() * Height;
-  for (int begin = 0; begin < cut.rounds; begin += cut.part, steps += Height) {
-    const int end = std::min(units, (begin + cut.part) * kUnits);
-    const F8 step = panel_scales<Height>(row, cut, begin * kUnits, end, out + begin * cut.numbers() * Height);
-    std::memcpy(steps, &step, sizeof(float) * Height);
-  }
-}
-
-void panel_tile_rows(const Weight& w, const Input& in, int first, int last) {
-  in.panels.height == kPanelHeight ? panel_rows<kPanelHeight>(w, in, first, last)
-                                   : panel_rows<kPanelHeight - 1>(w, in, first, last);
-}
-
-// Row blocks' codes and scales: codes [plane][round][step of 4 columns][NB][32], scales [round][NB][16]. An 8-bit code
-// less 128 is 16 times what the first plane has above 8, and what the second has.
+// Row blocks' codes and scales: codes [plane][round][step of 4 columns][NB][32], or of both units' [NB][64], scales
+// [round][NB][16]. An 8-bit code less 128 is 16 times what the first plane has above 8, and what the second has.
 template <int NB>
 struct Panel {
   alignas(kAlign) uint8_t codes[kPanelColumns / 4 * NB * 32];
@@ -221,9 +93,40 @@ struct Panel {
   alignas(kAlign) F8 tops[NB];
 };
 
-// One round's codes of a block; the second unit's lie apart. Steps lie `stride` bytes apart, planes `plane`.
-template <int Planes>
-inline void unpack_round(const uint8_t* first, const uint8_t* second, int unit, int stride, int64_t plane,
+// Codes as bytes: of 4 bits, those of two steps, `next` bytes apart; of 8 bits, those of one step in two planes.
+template <int Planes, class B>
+inline void store_codes(B c, uint8_t* to, int64_t next, int64_t plane) {
+  if (Planes == 1) {
+    store(to, c & 15);
+    store(to + next, (c >> 4) & 15);
+  } else {
+    store(to, ((c >> 4) & 15) + ((c >> 3) & 1));
+    store(to + plane, (c + 8) & 15);
+  }
+}
+
+// One round's codes of a block, or of two that lie `apart`; the second unit's lie apart, too. Steps lie `stride` bytes
+// apart, planes `plane`.
+#if defined(__AVX512VNNI__)
+typedef uint8_t B64 __attribute__((vector_size(64)));
+
+template <int Planes, int Together>
+inline void unpack_round(const uint8_t* first, const uint8_t* second, int64_t apart, int unit, int stride,
+                         int64_t plane, uint8_t* to) {
+  // A block's rows; or of two rows 0, 1, 4 and 5, then 2, 3, 6 and 7: `_mm512_packs_epi32` puts all in order.
+  const __m512i in_order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i outer = _mm512_setr_epi32(0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  const __m512i places[2] = {Together == 1 ? in_order : outer, outer + _mm512_set1_epi64(0x200000002)};
+  const int next = 2 * stride;  // both units of a step
+  for (int v = 0; v < unit * Planes / 8; ++v, to += next * 2 / Planes, first += 32, second += 32) {
+    const __m512i a = two_rows(first, Together == 1 ? 0 : apart), b = two_rows(second, Together == 1 ? 0 : apart);
+    for (int i = 0; i < Together; ++i)
+      store_codes<Planes>((B64)_mm512_permutex2var_epi32(a, places[i], b), to + i * kAlign, next, plane);
+  }
+}
+#else
+template <int Planes, int Together>
+inline void unpack_round(const uint8_t* first, const uint8_t* second, int64_t, int unit, int stride, int64_t plane,
                          uint8_t* to) {
   for (int v = 0; v < unit * Planes / 8; ++v) {
     U8 parts[2] = {load<U8>(first + 32 * v)};
@@ -233,18 +136,11 @@ inline void unpack_round(const uint8_t* first, const uint8_t* second, int unit, 
       parts[0] = (held & 0xffff) | other << 16;
       parts[1] = held >> 16 | (other & 0xffff0000);
     }
-    for (int i = 0; i < kUnits; ++i) {
-      const B32 c = as<B32>(parts[i]);
-      if (Planes == 1) {
-        store(to + (2 * v * kUnits + i) * stride, c & 15);
-        store(to + ((2 * v + 1) * kUnits + i) * stride, (c >> 4) & 15);
-      } else {
-        store(to + (v * kUnits + i) * stride, ((c >> 4) & 15) + ((c >> 3) & 1));
-        store(to + (v * kUnits + i) * stride + plane, (c + 8) & 15);
-      }
-    }
+    for (int i = 0; i < kUnits; ++i)
+      store_codes<Planes>(as<B32>(parts[i]), to + (v * 2 / Planes * kUnits + i) * stride, kUnits * stride, plane);
   }
 }
+#endif
 
 // Scales of a block's units [begin, end), 8 rows each; returns what a scale of 2^15 stands for.
 inline F8 unpack_scales(const Weight& w, const uint16_t* scales, const Cut& cut, int begin, int end, int stride,
@@ -271,22 +167,100 @@ inline void unpack_panel(const Weight& w, const Cut& cut, int padded, Blocks blo
   const int units = padded / cut.unit, bytes = cut.unit * 4 * cut.planes, stride = NB * 32;
   const int last = std::min(units, end * kUnits);
   const int64_t plane = int64_t{end - begin} * cut.steps() * stride;
-  for (int b = 0; b < NB; ++b) {
+  constexpr int kTogether = kPaired && NB > 1 ? 2 : 1;
+  const int64_t apart = int64_t{blocks.stride} * units * bytes;
+  for (int b = 0; b < NB; b += kTogether) {
     const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + int64_t{blocks[b]} * units * bytes;
     for (int r = begin; r < end; ++r) {
       const uint8_t* first = codes + int64_t{r} * kUnits * bytes;
       const uint8_t* second = first + (r * kUnits + 1 < units ? bytes : 0);
-      uint8_t* to = out.codes + (r - begin) * cut.steps() * stride + b * 32;
-      bring_near(first + int64_t{end - begin} * kUnits * bytes, kUnits * bytes);  // the stream's next panel
-      cut.planes == 1 ? unpack_round<1>(first, second, cut.unit, stride, plane, to)
-                      : unpack_round<2>(first, second, cut.unit, stride, plane, to);
+      uint8_t* to = out.codes + (r - begin) * cut.steps() * stride + b * sizeof(FWide);
+      for (int i = 0; i < kTogether; ++i)  // the stream's next panel
+        bring_near(first + i * apart + int64_t{end - begin} * kUnits * bytes, kUnits * bytes);
+      cut.planes == 1 ? unpack_round<1, kTogether>(first, second, apart, cut.unit, stride, plane, to)
+                      : unpack_round<2, kTogether>(first, second, apart, cut.unit, stride, plane, to);
     }
+  }
+  for (int b = 0; b < NB; ++b) {
     const uint16_t* scales = w.scales + int64_t{blocks[b]} * num_spans(w, padded) * kRowBlock;
     bring_near(scales + last * cut.unit / w.group * kRowBlock, (last - begin * kUnits) * kRowBlock * 2);
     out.tops[b] = unpack_scales(w, scales, cut, begin * kUnits, last, NB * 16, out.scales + b * 16);
   }
 }
 
+#if defined(__AVX512VNNI__)
+// Dots of `rounds` rounds of NB row blocks with the tokens [From, From + M) of a tile of `Height`: of each round,
+// add(m, dots, scales, scale) gets token From + m's, both units in turn, to be summed with these scales.
+template <int Steps, int Height, int From, int M, int NB, class Add>
+inline void panel_rounds(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, const Add& add) {
+  for (int r = 0; r < rounds; ++r, scales += 16 * NB) {
+    __m512i dots[M][NB];
+    for (int m = 0; m < M; ++m)
+      for (__m512i& dot : dots[m]) dot = _mm512_set1_epi64(load<int64_t>(x + 2 * (From + m)));
+    x += 2 * Height;
+    KVANT_UNROLL
+    for (int s = 0; s < Steps / 2; ++s, codes += 64 * NB, x += 2 * Height) {
+      __m512i c[NB];
+      for (int b = 0; b < NB; ++b) c[b] = load<__m512i>(codes + 64 * b);
+      for (int m = 0; m < M; ++m) {
+        const __m512i eight = _mm512_set1_epi64(load<int64_t>(x + 2 * (From + m)));
+        for (int b = 0; b < NB; ++b) dots[m][b] = _mm512_dpbusd_epi32(dots[m][b], c[b], eight);
+      }
+    }
+    for (int m = 0; m < M; ++m) add(m, dots[m], scales, x[From + m]);
+    x += Height;
+  }
+}
+
+// The same as floats, y: `tops` and `steps` are what scales stand for. Added to y, where that is not `First`.
+template <bool First, int Steps, int From, int M, int Height>
+inline void panel_pass(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, const F8* tops,
+                       const float* steps, float factor, F8 (&y)[Height][4]) {
+  __m512i sums[M][2] = {};
+  panel_rounds<Steps, Height, From, M, 4>(
+      codes, scales, x, rounds, [&](int m, const __m512i (&dots)[4], const int16_t* scale, int32_t other) {
+        for (int p = 0; p < 2; ++p) {
+          const __m512i both = _mm512_mulhrs_epi16(load<__m512i>(scale + 32 * p), _mm512_set1_epi32(other));
+          sums[m][p] = _mm512_dpwssd_epi32(sums[m][p], _mm512_packs_epi32(dots[2 * p], dots[2 * p + 1]), both);
+        }
+      });
+  for (int p = 0; p < 2; ++p) {
+    const F16 top = load<F16>(tops + 2 * p) * all<F16>(factor);
+    for (int m = 0; m < M; ++m) {
+      const F16 product = to_float((I16)sums[m][p]) * (top * all<F16>(steps[From + m]));
+      F8* to = &y[From + m][2 * p];
+      store(to, First ? product : load<F16>(to) + product);
+    }
+  }
+}
+
+// Four row blocks' by two passes over them, whose sums and dots stay in registers.
+template <bool First, int Steps, int M>
+inline void panel_floats(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, const F8* tops,
+                         const float* steps, float factor, F8 (&y)[M][4]) {
+  constexpr int kHalf = 4;
+  panel_pass<First, Steps, 0, kHalf>(codes, scales, x, rounds, tops, steps, factor, y);
+  panel_pass<First, Steps, kHalf, M - kHalf>(codes, scales, x, rounds, tops, steps, factor, y);
+}
+
+// A single block's.
+template <bool First, int Steps, int M>
+inline void panel_floats(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, const F8* tops,
+                         const float* steps, float factor, F8 (&y)[M][1]) {
+  __m256i sums[M] = {};
+  panel_rounds<Steps, M, 0, M, 1>(
+      codes, scales, x, rounds, [&](int m, const __m512i (&dots)[1], const int16_t* scale, int32_t other) {
+        const __m256i low = _mm512_castsi512_si256(dots[0]), high = _mm512_extracti64x4_epi64(dots[0], 1);
+        const __m256i units = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);  // rows in order
+        const __m256i both = _mm256_mulhrs_epi16(load<__m256i>(scale), _mm256_set1_epi32(other));
+        sums[m] = _mm256_dpwssd_epi32(sums[m], units, both);
+      });
+  for (int m = 0; m < M; ++m) {
+    const F8 product = to_float((I8)sums[m]) * (tops[0] * all(factor * steps[m]));
+    y[m][0] = First ? product : y[m][0] + product;
+  }
+}
+#else
 // Dots of `rounds` rounds, summed with their scales.
 template <int Steps, int M, int NB>
 inline void panel_sums(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, I8 (&sums)[M][NB]) {
@@ -322,42 +296,6 @@ inline void panel_floats(const uint8_t* codes, const int16_t* scales, const int3
       const F8 product = to_float(sums[m][b]) * (tops[b] * all(factor * steps[m]));
       y[m][b] = First ? product : y[m][b] + product;
     }
-}
-
-#if defined(__AVX512VNNI__)
-// The same of four row blocks, two to a register.
-template <bool First, int Steps, int M>
-inline void panel_floats(const uint8_t* codes, const int16_t* scales, const int32_t* x, int rounds, const F8* tops,
-                         const float* steps, float factor, F8 (&y)[M][4]) {
-  __m512i sums[M][2];
-  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_si512();
-  for (int r = 0; r < rounds; ++r, scales += 64) {
-    __m512i dots[M][2];
-    for (int m = 0; m < M; ++m) dots[m][0] = dots[m][1] = _mm512_set1_epi32(x[m]);
-    x += M;
-    KVANT_UNROLL
-    for (int s = 0; s < Steps; ++s, codes += 128, x += M) {
-      const __m512i c[2] = {load<__m512i>(codes), load<__m512i>(codes + 64)};
-      for (int m = 0; m < M; ++m) {
-        const __m512i four = _mm512_set1_epi32(x[m]);
-        for (int b = 0; b < 2; ++b) dots[m][b] = _mm512_dpbusd_epi32(dots[m][b], c[b], four);
-      }
-    }
-    const __m512i scale[2] = {load<__m512i>(scales), load<__m512i>(scales + 32)};
-    for (int m = 0; m < M; ++m) {
-      const __m512i other = _mm512_set1_epi32(x[m]);
-      for (int b = 0; b < 2; ++b)
-        sums[m][b] = _mm512_dpwssd_epi32(sums[m][b], dots[m][b], _mm512_mulhrs_epi16(scale[b], other));
-    }
-    x += M;
-  }
-  for (int b = 0; b < 2; ++b) {
-    const __m512 top = load<__m512>(tops + 2 * b) * _mm512_set1_ps(factor);
-    for (int m = 0; m < M; ++m) {
-      const __m512 product = _mm512_cvtepi32_ps(sums[m][b]) * (top * _mm512_set1_ps(steps[m]));
-      store(&y[m][2 * b], First ? product : load<__m512>(&y[m][2 * b]) + product);
-    }
-  }
 }
 #endif
 
@@ -398,7 +336,7 @@ void panel_tile(const Linear& linear, const Input& in, const Cut& cut, const Pan
                 int first, int last, Blocks blocks, Columns<NB>& columns, const Output& out) {
   const Weight& w = linear.weight;
   const int64_t tile = first / M;
-  const int32_t* x = in.panels.tiles + (tile * cut.rounds + begin) * (Steps + 2) * M;
+  const int32_t* x = in.panels.tiles + (tile * cut.rounds + begin) * cut.numbers() * M;
   const float* steps = in.panels.steps + (tile * cut.parts() + begin / cut.part) * M;
   alignas(kAlign) F8 y[M][NB];
   const float first_factor = cut.planes == 1 ? 1 : 16;
