@@ -131,7 +131,9 @@ class Runner:
                 return (recorded[0] if ends else None), recorded[1]
         on_device = batch.to(self._decoder.ops.device)
         ids = on_device.ids if ids is None else ids
-        rows = None if reported else _index(ends or [0], len(ids), ids.device)  # one at least: no kernel takes none
+        # Each once, as many choices as begin there; one at least, since no kernel takes none.
+        wanted = range(len(ids)) if reported else dict.fromkeys(ends or [0])
+        rows = _index(list(wanted), len(ids), ids.device)
         hidden = self._decoder.forward(ids, on_device.attention, on_device.rope_lengths, self._store.layers, rows)
         for row, (start, stop) in zip(plan.rows, spans, strict=True):
             if row in reported:
@@ -139,7 +141,8 @@ class Runner:
         bad = on_device.attention.reported_not_finite
         if not ends:
             return None, bad
-        return self._decoder.logits(_chosen(hidden, ends) if reported else hidden), bad
+        places = {token: place for place, token in enumerate(wanted)}
+        return self._decoder.logits(_chosen(hidden, [places[end] for end in ends])), bad
 
     def _logprobs(self, logits: Tensor, tokens: Tensor, samplers: List[Sequence]) -> Tensor | None:
         rows = _reporting(samplers)

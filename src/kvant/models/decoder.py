@@ -58,9 +58,10 @@ class Decoder:
             batch: where each token stands and where its KV lies.
             rope_lengths: [T] int64, see `models.rope.rope_lengths`.
             cache: the layers of the KV store.
-            rows: [R] int64, the tokens whose hidden states are wanted, one at least; None: all in order. The last layer
-                writes the others' keys and values, and does no more with them.
+            rows: [R] int64, the tokens whose hidden states are wanted, one at least; None: all in order. In the last
+                layer the others' keys and values are written, and their way ends with attention at the latest.
         """
+        assert rows is None or len(rows), "a step has somebody's states"
         ops, spec, query_scale = self.ops, self.spec, self._query_scale(batch)
         if self._fused is not None:
             hidden = self._fused.forward(ids, batch, rope_lengths, query_scale, cache, rows)

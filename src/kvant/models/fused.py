@@ -94,7 +94,7 @@ class FusedDecoder:
         native_cache = self._cache(cache)
         if native_cache is None:
             return None
-        count = len(ids) if rows is None else len(rows)
+        count, rows = (len(ids), None) if rows is None else (len(rows), rows.contiguous())
         hidden = torch.empty(count, self._spec.hidden_size)
         results = pointer(rows), count, pointer(hidden)
         self._run("forward", ids, batch, rope_lengths, query_scale, native_cache, *results)

@@ -232,12 +232,12 @@ KVANT_API int kvant_forward(const Kernels* k, int threads, const Model* model, c
   return guarded_step(batch, bad, [&] {
     const Rotaries rotaries(ropes, rope_count, *batch);
     return Step(*k, threads).forward(*model, cache, *batch, rotaries.data(), query_scale, {wanted, count}, hidden,
-                                  bad);
+                                     bad);
   });
 }
 
-// A burst of such steps, of one token a row, and the tokens that they draw, `tokens` [steps, rows], without going back to
-// Python between. In one of several steps, frequencies and the queries' scale must not depend on positions. It ends
+// A burst of such steps, of one token a row, and the tokens that they draw, `tokens` [steps, rows], without going back
+// to Python between. In one of several steps, frequencies and the queries' scale must not depend on positions. It ends
 // before a step that is not finite, unless that is the first: then it is the next burst's.
 KVANT_API int kvant_draw(const Kernels* k, int threads, const Model* model, const KvLayer* cache, const Batch* batch,
                          const Rope* ropes, int32_t rope_count, const float* query_scale, uint8_t* bad,

@@ -333,7 +333,8 @@ void Step::add(const Model& model, const Stream& stream, int64_t t) {
 }
 
 // A linear layer's inputs: the residual stream, once x is added where there is one, normed.
-Input Step::normed_inputs(const Model& model, const Linear& linear, const float* norm, bool has_x, Stream& stream) {
+Input Step::normed_inputs(const Model& model, const Linear& linear, const float* norm, bool has_x,
+                          const Stream& stream) {
   const int64_t width = model.hidden;
   return inputs(linear.weight, stream.x, stream.tokens, [&, width](int64_t t) {
     if (has_x) add(model, stream, t);

@@ -6,7 +6,7 @@
 
 namespace kvant {
 
-// Of which of a step's tokens hidden states are wanted: of `count` that are named, or of all, in order, by null.
+// Of which of a step's tokens hidden states are wanted: of `count`, in this order; null: of all `count` that there are.
 struct Wanted {
   const int64_t* tokens;
   int64_t count;
@@ -71,7 +71,8 @@ class Step {
   void enter_cache(const Layer& layer, const Model& model, const KvLayer& cache, const Batch& batch,
                    const Rotary* rotaries, const float* scale, float* qkv, uint8_t* bad);
   void add(const Model& model, const Stream& stream, int64_t t);
-  Input normed_inputs(const Model& model, const Linear& linear, const float* norm, bool has_x, Stream& stream);
+  Input normed_inputs(const Model& model, const Linear& linear, const float* norm, bool has_x,
+                      const Stream& stream);
   float* chosen(const float* x, int64_t stride, int64_t width, const Wanted& wanted);
   void narrow(const Model& model, const KvLayer& cache, const Batch& batch, const float* qkv, int64_t stride,
               const Wanted& wanted, Stream& stream, float* mixed);

@@ -24,7 +24,7 @@ struct QuantizedRow {
 
 // Quantized rows as products by panels take them (panels.h), in tiles of `height`; `tiles` is null where none do.
 struct PanelInput {
-  int32_t* tiles;  // [tile][round of columns][starts, codes of 4 columns a step, scales][height]
+  int32_t* tiles;  // [tile][round of columns][starts, codes of 4 columns a step, scales][height], see panel_input.h
   float* steps;    // [tile][part][height], what a scale of 1 stands for
   int32_t height;
 };
@@ -70,8 +70,8 @@ struct Part {
   int first, last, begin, end;
 };
 
-// Where a step's products go: those of token `token` from `to` on, each next token's `pitch` floats further; row block b
-// has place `places[b]`, of kRowBlock floats.
+// Where a step's products go: those of token `token` from `to` on, each next token's `pitch` floats further; row block
+// b has place `places[b]`, of kRowBlock floats.
 struct Output {
   float* to;
   int64_t pitch;

@@ -1,7 +1,7 @@
 // What products by panels (panels.h) take of the tokens: tiles of them, quantized, in the order of their use.
 //
-// A round of columns is of as many units as a lane of dots holds apart: two where kUnits is 2, and their numbers lie in
-// turn. Of a round, a tile has for each token where its sums start, codes of four columns a step, and scales.
+// A round of columns is kUnits units: two where a lane holds two sums apart (AVX2), or where the units have lanes in
+// turn (AVX-512). Of a round, a tile has for each token where its sums start, codes of four columns a step, and scales.
 #pragma once
 
 #include <algorithm>
@@ -14,23 +14,20 @@ constexpr int kTileTokens = 6;
 constexpr int kPanelTokens = 2 * kTileTokens + 1;  // up to two tiles of tokens, a tile unpacks for itself
 #if defined(__AVX512VNNI__)
 constexpr int kPanelHeight = 8, kPanelBlocks = 4;  // in two passes, of 16 registers of dots and 8 of sums
-#else
-constexpr int kPanelHeight = 6, kPanelBlocks = 2;  // whose sums and dots stay in registers
-#endif
-static_assert(kPanelHeight <= 8, "tokens are lanes");
-constexpr int kPanelColumns = 1024;                // of 4 bits, so that a panel stays in a near cache; half of 8
-#if defined(__AVX512VNNI__)
-constexpr bool kPaired = true;  // a unit has every other lane, of 4 bytes, instead of every other two bytes
+constexpr bool kPaired = true;                     // each of two units has every other lane of 4 bytes
 constexpr int kUnits = 2, kStarts = 2;
 #else
+constexpr int kPanelHeight = 6, kPanelBlocks = 2;  // whose sums and dots stay in registers
 constexpr bool kPaired = false;
 constexpr int kUnits = Dot::kUnits, kStarts = 1;
 #endif
+static_assert(kPanelHeight <= 8, "tokens are lanes");
+constexpr int kPanelColumns = 1024;  // of 4 bits, so that a panel stays in a near cache; half of 8
 constexpr float kScaleTop = 32767, kScaleUnit = 32768;
 constexpr float kScaleSum = 65000;  // of a token's scales: times 32 * 8 * 127 it stays below 2^31, rounding included
 
-// How columns are cut: a unit has one scale of the weight and one of the tokens, 16 or 32 columns; a round is as many
-// units as a lane of `Dot` holds apart; a part is the rounds of one panel.
+// How columns are cut: a unit has one scale of the weight and one of the tokens, 16 or 32 columns; a round is kUnits
+// units; a part is the rounds of one panel.
 struct Cut {
   int unit, rounds, part, planes;
   Cut(const Weight& w, int columns) : unit(std::min(w.group, kGroup)), planes(w.kind == kWeightU4 ? 1 : 2) {
@@ -68,7 +65,7 @@ inline I8 lanes_of(const U8 (&x)[2]) { return as<I8>(kUnits == 1 ? x[0] : (x[0] 
 // The lanes from `First` to `First` + 3 of two vectors in turn.
 template <int First>
 inline U8 in_turn(const U8 (&x)[2]) {
-  static constexpr int f = First, s = First + 8;  // clang would have a closure capture them
+  constexpr int f = First, s = First + 8;
   return __builtin_shufflevector(x[0], x[1], f, s, f + 1, s + 1, f + 2, s + 2, f + 3, s + 3);
 }
 
@@ -103,16 +100,6 @@ inline F8 panel_scales(const QuantizedRow& row, const Cut& cut, int begin, int e
   return total >= all(0.0f) ? step : total;
 }
 
-typedef int16_t W8 __attribute__((vector_size(16)));
-
-// Eight numbers of a token, four columns each: with two units, two columns of each; of the second, which may be null,
-// zeros.
-inline I8 panel_numbers(const int8_t* first, const int8_t* second) {
-  if constexpr (kUnits == 1) return load<I8>(first);
-  const W8 a = load<W8>(first), b = second ? load<W8>(second) : W8{};
-  return as<I8>(__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
-}
-
 #if defined(__AVX512VNNI__)
 // A round's codes of a tile's tokens, `padded` apart, of both units in turn: [step of 4 columns][token][unit][4].
 template <int Height>
@@ -130,6 +117,16 @@ inline void panel_codes(const int8_t* first, const int8_t* second, int padded, i
   }
 }
 #else
+typedef int16_t W8 __attribute__((vector_size(16)));
+
+// Eight numbers of a token, four columns each: with two units, two columns of each; of the second, which may be null,
+// zeros.
+inline I8 panel_numbers(const int8_t* first, const int8_t* second) {
+  if constexpr (kUnits == 1) return load<I8>(first);
+  const W8 a = load<W8>(first), b = second ? load<W8>(second) : W8{};
+  return as<I8>(__builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+}
+
 // A round's codes of a tile's tokens, `padded` apart, step by step. Behind the last step, up to three numbers are
 // written where the scales come later.
 template <int Height>

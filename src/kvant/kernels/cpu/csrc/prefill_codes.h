@@ -33,8 +33,8 @@ class Bundle {
 
   // Attends to a tile's tokens.
   void attend(const Place& at, const TileRows& it, const CodeTile& tile) {
-    const int width = (seen_by_last(it) + kCodeWidth - 1) & -kCodeWidth;
-    if (width <= it.from) return;
+    const int seen = seen_by_last(it), width = (seen + kCodeWidth - 1) & -kCodeWidth;
+    if (seen <= it.from) return;
     alignas(kAlign) float scores[kTile * kRowLanes];
     with_count<kMaxGroups>(groups_of(at.layer.key), [&](auto groups) {
       with_count<kMaxOrder + 1>(at.layer.key.centre ? at.layer.key.order + 1 : 1,
@@ -70,7 +70,7 @@ class Bundle {
     }
   }
 
-  // Writes the outputs.
+  // Writes the outputs, as `finish_output` makes them.
   void finish(const Place& at) {
     const Side& value = at.layer.value;
     const int size = at.dim / groups_of(value);
@@ -103,6 +103,7 @@ class Bundle {
     for (int d = 0; d < dim; ++d) store(x + d * kRowLanes, load<FWide>(x + d * kRowLanes) * all<FWide>(inverse[d]));
   }
 
+  // As `make_query` does it.
   void shape_queries(const Place& at) {
     const Side& key = at.layer.key;
     const FWide scale = all<FWide>(at.shape.softcap > 0 ? at.shape.scale : at.shape.scale * kLog2E);
@@ -138,7 +139,7 @@ class Bundle {
     }
   }
 
-  // Of a tile's tokens, how many the last row sees the end of.
+  // How many tokens, from the tile's first on, lie before the end of what the last row sees.
   int seen_by_last(const TileRows& it) const {
     return static_cast<int>(std::clamp<int64_t>(positions_[kRowLanes - 1] + 1 - it.tile * kTile, 0, it.to));
   }
@@ -206,6 +207,8 @@ class Bundle {
     for (int d = 0; d < at.dim; ++d) store(sums_ + d * kRowLanes, load<FWide>(sums_ + d * kRowLanes) * kept);
   }
 
+  // The scores of what a row does not see, because it comes later, or a window ends, or it is none of the tile's,
+  // become kNever.
   void hide(const Place& at, const TileRows& it, int begin, int end, float* scores) const {
     const int64_t base = it.tile * kTile, window = at.shape.window;
     const auto oldest = [&](int64_t self) { return window ? self - window + 1 - base : 0; };

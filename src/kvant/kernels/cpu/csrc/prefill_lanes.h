@@ -82,9 +82,9 @@ inline void from_lanes(const float* x, int dim, int count, float* const* rows) {
     }
 }
 
-// `hadamard` of each lane, x [size][kRowLanes].
+// Sums and differences of Count vectors, `stride` floats apart: of neighbours, then of twos, and so on.
 template <int Count>
-inline void hadamard_lanes(float* x, int stride) {
+inline void butterflies(float* x, int stride) {
   FWide v[Count];
   for (int i = 0; i < Count; ++i) v[i] = load<FWide>(x + i * stride);
   KVANT_UNROLL
@@ -99,6 +99,7 @@ inline void hadamard_lanes(float* x, int stride) {
   for (int i = 0; i < Count; ++i) store(x + i * stride, v[i]);
 }
 
+// `hadamard` of each lane, x [size][kRowLanes].
 inline void hadamard_lanes(float* x, int size) {
   const int block = hadamard_block(size);
   const FWide norm = all<FWide>(1.0f / std::sqrt(static_cast<float>(block)));
@@ -107,8 +108,8 @@ inline void hadamard_lanes(float* x, int size) {
     const int count = half * 8 <= block ? 8 : 2;
     for (int i = 0; i < size; i += half * count)
       for (int j = i; j < i + half; ++j)
-        count == 8 ? hadamard_lanes<8>(x + j * kRowLanes, half * kRowLanes)
-                   : hadamard_lanes<2>(x + j * kRowLanes, half * kRowLanes);
+        count == 8 ? butterflies<8>(x + j * kRowLanes, half * kRowLanes)
+                   : butterflies<2>(x + j * kRowLanes, half * kRowLanes);
     half *= count;
   }
 }

@@ -1,4 +1,5 @@
-// What a unit of a prefill attends with: the query rows of some new tokens, and their sums so far.
+// What a unit of a prefill attends with where keys and values meet it as floats: the query rows of some new tokens, and
+// their sums so far. And what it shares with one that attends to codes.
 #pragma once
 
 #include "attention.h"

@@ -296,8 +296,6 @@ inline B32 signed_bytes_of(const I8 (&x)[4]) {
 #endif
 }
 
-inline void store_bytes(int8_t* p, const I8 (&x)[4]) { store(p, signed_bytes_of(x)); }
-
 // The sums of the first and the last 16 of 32 signed bytes.
 inline void half_sums(B32 x, int32_t (&out)[2]) {
 #if defined(__AVX2__)
@@ -378,21 +376,18 @@ inline int32x4_t dot4(int32x4_t sum, int8x16_t a, int8x16_t b) {
 // two bytes are to fit 16 bits: those of 8 `add`s do where u is at most 15, of 16 where s is -8 to 7. `start`
 // makes all lanes' sums begin elsewhere, at what `start_of` made of a number: minus 8 times the sum of all s to come.
 //
-// Or, of sums that fit 16 bits, `add_scaled` adds their products with scale * other / 2^15, rounded, and a lane holds
-// kUnits sums apart: with two, bytes 0 and 1 of a lane, scales and starts are in the lower 16 bits of one number, bytes
-// 2 and 3 in the upper. What does not fit wraps around. `other` is what `scale_of` made of a number of at least 0.
+// Or, where panels (panels.h) have no loop of their own, `add_scaled` adds the products of sums that fit 16 bits with
+// scale * other / 2^15, rounded, and a lane holds kUnits sums apart: with two, bytes 0 and 1 of a lane, scales and
+// starts are in the lower 16 bits of one number, bytes 2 and 3 in the upper. What does not fit wraps around. `other` is
+// what `scale_of` made of a number of at least 0.
 struct Dot {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  static constexpr int kUnits = 1;
   __m256i sum = _mm256_setzero_si256();
   static int32_t start_of(int32_t x) { return x; }
   inline void start(int32_t x) { sum = _mm256_set1_epi32(x); }
   inline void add(B32 u, B32 s) { sum = _mm256_dpbusd_epi32(sum, (__m256i)u, (__m256i)s); }
   inline I8 total() const { return (I8)sum; }
   static I8 scale_of(I8 x) { return x; }
-  inline void add_scaled(I8& to, I8 scale, I8 other) const {
-    to = (I8)_mm256_dpwssd_epi32((__m256i)to, sum, _mm256_mulhrs_epi16((__m256i)scale, (__m256i)other));
-  }
 #elif defined(__AVX2__)
   static constexpr int kUnits = 2;
   // int16, two a lane: 8 * 2 * 15 * 127 fits, and so does what starts in the lower one with its half of the products.

@@ -63,11 +63,6 @@ inline F16 of_halves(F8 low, F8 high) {
   return (F16)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
 }
 
-// Rounded values, each within int8, as 32 bytes.
-inline void store_bytes(int8_t* p, const I16 (&x)[2]) {
-  for (int i = 0; i < 2; ++i) store(p + 16 * i, _mm512_cvtepi32_epi8((__m512i)x[i]));
-}
-
 // sum += products of unsigned bytes and four signed ones that all lanes share. gcc 12 alone reads those into a register
 // first, and copies sums from register to register.
 inline void add_dots(I16& sum, __m512i u, const int8_t* four) {
