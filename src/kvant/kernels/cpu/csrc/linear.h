@@ -186,6 +186,69 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
       store_rows(acc[m][b], linear, blocks[b] * kRowBlock, out.at(token + m, b));
 }
 
+#if defined(__AVX512VNNI__)
+// The dots of a group of M tokens, whose codes lie `padded` apart, with four row blocks of 4 bits, of which two are a
+// register and lie `apart`: use(p, dots) for each two.
+template <int M, class Use>
+inline void wide_group(const uint8_t* const (&codes)[2], int64_t apart, const QuantizedRow& row, int64_t padded,
+                       const Use& use) {
+  const __m512i mask = _mm512_set1_epi8(15);
+  I16 dots[M][2];
+  for (int m = 0; m < M; ++m) dots[m][0] = dots[m][1] = all<I16>(row.starts[m]);
+  KVANT_UNROLL
+  for (int s = 0; s < 4; ++s) {
+    const __m512i held[2] = {two_rows(codes[0] + 32 * s, apart), two_rows(codes[1] + 32 * s, apart)};
+    for (int high = 0; high < 2; ++high) {
+      __m512i c[2];
+      for (int p = 0; p < 2; ++p) c[p] = (high ? _mm512_srli_epi16(held[p], 4) : held[p]) & mask;
+      for (int m = 0; m < M; ++m) {
+        const __m512i four = _mm512_set1_epi32(load<int32_t>(row.codes + m * padded + 8 * s + 4 * high));
+        for (int p = 0; p < 2; ++p) dots[m][p] = (I16)_mm512_dpbusd_epi32((__m512i)dots[m][p], c[p], four);
+      }
+    }
+  }
+  for (int p = 0; p < 2; ++p) use(p, dots);
+}
+
+// The same of four row blocks, two to a register: 4 bits without biases and zero points, in groups of 32 columns and
+// more.
+template <int M>
+void wide_tile(const Linear& linear, const Input& in, int token, Blocks blocks, const Output& out) {
+  constexpr int kBytes = kGroup / 2 * kRowBlock;  // of a group of a row block
+  const Weight& w = linear.weight;
+  const int64_t groups = in.padded / kGroup, spans = num_spans(w, in.padded), shift = __builtin_ctz(w.group / kGroup);
+  const int64_t apart = blocks.stride * groups * kBytes, scales_apart = blocks.stride * spans * kRowBlock;
+  const uint8_t* codes[2];
+  const uint16_t* scales[2];
+  for (int p = 0; p < 2; ++p) {
+    codes[p] = static_cast<const uint8_t*>(w.codes) + blocks[2 * p] * groups * kBytes;
+    scales[p] = w.scales + blocks[2 * p] * spans * kRowBlock;
+  }
+  const QuantizedRow first = in.row(token);
+  F16 acc[M][2] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    const QuantizedRow row = first.group(g);
+    wide_group<M>(codes, apart, row, in.padded, [&](int p, const I16 (&dots)[M][2]) {
+      const uint16_t* from = scales[p] + (g >> shift) * kRowBlock;
+      const F16 scale = of_halves(load_half(from), load_half(from + scales_apart));
+      for (int m = 0; m < M; ++m) acc[m][p] += to_float(dots[m][p]) * (scale * all<F16>(row.scales[m]));
+    });
+    for (const uint8_t*& from : codes) {
+      for (int64_t i : {int64_t{0}, apart})  // the streams' next blocks
+        for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + i + groups * kBytes + line);
+      from += kBytes;
+    }
+  }
+  F8 y[M][4];
+  for (int m = 0; m < M; ++m)
+    for (int p = 0; p < 2; ++p) store(&y[m][2 * p], acc[m][p]);
+  Columns<4> columns;
+  add_outliers<false>(w, in, token, M, blocks, columns, y);
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < 4; ++b) store_rows(y[m][b], linear, blocks[b] * kRowBlock, out.at(token + m, b));
+}
+#endif
+
 template <WeightKind Kind>
 inline F8 dense_rows(const void* codes, int64_t index) {
   if constexpr (Kind == kWeightF32) return load<F8>(static_cast<const float*>(codes) + index);
@@ -220,6 +283,10 @@ Tile tile_of(const Weight& w) {
     case kWeightF16: return dense_tile<M, NB, kWeightF16>;
     case kWeightBF16: return dense_tile<M, NB, kWeightBF16>;
     case kWeightU4:
+#if defined(__AVX512VNNI__)
+      if constexpr (NB == 4 && M > 1)
+        if (!halves && !biased) return wide_tile<M>;
+#endif
       if (halves) return biased ? quantized_tile<M, NB, 4, true, 2> : quantized_tile<M, NB, 4, false, 2>;
       return biased ? quantized_tile<M, NB, 4, true, 1> : quantized_tile<M, NB, 4, false, 1>;
     default:
