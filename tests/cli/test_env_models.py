@@ -103,7 +103,7 @@ def test_needs_agree_with_the_model(smollm2):
 
 
 def test_a_model_that_cannot_be_read_does_not_hide_the_others(kvant, monkeypatch, tmp_path):
-    broken = tmp_path / "broken.gguf"
+    broken = tmp_path / f"{'broken' * 20}.gguf"  # wider than a terminal, and still in one piece
     broken.write_bytes(b"not a model")
     monkeypatch.setattr(locate, "local_models", lambda: [locate.LocalModel("broken", broken, 11, "gguf")])
     row = json.loads(kvant("models", "--json").stdout)["models"][0]

@@ -133,7 +133,8 @@ def _print_models(console: Console, rows: list[Row]) -> None:
         console.print(table)
         console.print("float32 and 16 bit: the weights in memory. KV: bytes a token takes in the cache.\n", style="dim")
     for row in rows:
-        console.print(f"{row.name}: {row.path}" + (f" ({row.problem})" if row.problem else ""), markup=False)
+        told = f"{row.name}: {row.path}" + (f" ({row.problem})" if row.problem else "")
+        console.print(told, markup=False, soft_wrap=True)  # a path stays in one piece
     for line in _to_fetch(row.name for row in rows):
         console.print(line, markup=False)
 
