@@ -210,8 +210,8 @@ inline void wide_group(const uint8_t* const (&codes)[2], int64_t apart, const Qu
   for (int p = 0; p < 2; ++p) use(p, dots);
 }
 
-// The same of four row blocks, two to a register: 4 bits without biases and zero points, in groups of 32 columns and
-// more.
+// M tokens from `token` on times four row blocks of 4 bits, without biases and zero points, in groups of 32 columns and
+// more: `quantized_tile` with two blocks to a register.
 template <int M>
 void wide_tile(const Linear& linear, const Input& in, int token, Blocks blocks, const Output& out) {
   constexpr int kBytes = kGroup / 2 * kRowBlock;  // of a group of a row block
