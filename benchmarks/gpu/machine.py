@@ -32,6 +32,7 @@ class Machine:
         rotates: whether calls are measured on inputs that no cache holds; see `timing.rotated`.
         kept: the one large thing that several cases in a row use, and what it is.
         tuned: the (op, key) pairs whose configurations are known, and not to be measured again.
+        match: a regular expression: only cases with this in their names are measured.
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class Machine:
     rotates: bool = True
     kept: dict[Hashable, Any] = field(default_factory=dict)
     tuned: set[tuple[str, str]] = field(default_factory=set)
+    match: str = ""
 
     @classmethod
     def here(cls, small: bool) -> Machine:

@@ -8,6 +8,7 @@ import re
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def main() -> None:
             continue
         if case.stage != stage:
             machine.kept.clear()
-            machine, stage = Machine.here(args.small), case.stage  # its ops know what was tuned
+            machine, stage = replace(Machine.here(args.small), match=args.match), case.stage  # its ops know the table
             machine.tidy()
             machine.tuned = _tuned(results, machine, args)
         _measure(case, machine, results, args.run, args.current)

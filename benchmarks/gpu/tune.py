@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 import time
@@ -115,7 +116,7 @@ def points(small: bool) -> Iterator[tuple[dict[str, Any], Build]]:
     yield from _attention_points((attention.TARGET,))
     yield from _linear_points((1, 16))
     yield from _attention_points((*attention.DECODES[1:4], *attention.PROMPTS[:2]))
-    yield from _linear_points((64, 256, 32, 128, 512))
+    yield from _linear_points((64, 256, 32, 128, 8, 512))
 
 
 def _attention_points(steps: Sequence[attention.Step]) -> Iterator[tuple[dict[str, Any], Build]]:
@@ -138,9 +139,13 @@ def _linear_points(counts: Sequence[int]) -> Iterator[tuple[dict[str, Any], Buil
 
 
 def cases(small: bool) -> list[Case]:
-    """First all is compiled, in many processes; then each point is measured alone."""
+    """First all is compiled that is to be measured, in many processes; then each point is measured alone."""
     compiling = Case("tuning", {"what": "compile"}, _compile_all, 200, lasting=False)
-    return [compiling, *(Case("tuning", tags, partial(tuned, build), 20) for tags, build in points(small))]
+    return [compiling, *(_case(tags, build) for tags, build in points(small))]
+
+
+def _case(tags: Mapping[str, Any], build: Build) -> Case:
+    return Case("tuning", tags, partial(tuned, build), 20)
 
 
 def tuned(build: Build, machine: Machine) -> Mapping[str, Any]:
@@ -201,7 +206,7 @@ def _compile_all(machine: Machine) -> Mapping[str, Any]:
         return {"workers": 0}
     known, end = json.dumps(sorted(machine.tuned)), time.monotonic() + _COMPILE_SECONDS
     command = [sys.executable, "-m", "gpu.tune", str(_WORKERS), known]
-    workers = [subprocess.Popen([*command, str(index)]) for index in range(_WORKERS)]
+    workers = [subprocess.Popen([*command, str(index), machine.match]) for index in range(_WORKERS)]
     while time.monotonic() < end and any(worker.poll() is None for worker in workers):
         time.sleep(0.2)
     statuses = [worker.poll() for worker in workers]
@@ -211,10 +216,10 @@ def _compile_all(machine: Machine) -> Mapping[str, Any]:
     return {"workers": _WORKERS, "statuses": statuses}
 
 
-def compile_share(index: int, workers: int, known: set[tuple[str, str]]) -> None:
+def compile_share(index: int, workers: int, known: set[tuple[str, str]], match: str) -> None:
     """Run this worker's share of the candidates of all points; what fails is for the one who measures to count."""
     machine = replace(Machine.here(small=False), rotates=False)
-    for _, build in points(False):
+    for build in (build for tags, build in points(False) if re.search(match, _case(tags, build).name)):
         with suppress(Exception), standing() as stands:
             work = build(machine)
             work.calls[0]()
@@ -254,4 +259,5 @@ def write_table(results: Results, machine: Machine) -> None:
 
 
 if __name__ == "__main__":
-    compile_share(int(sys.argv[3]), int(sys.argv[1]), {(op, key) for op, key in json.loads(sys.argv[2])})
+    workers, known, index, match = sys.argv[1:]
+    compile_share(int(index), int(workers), {(op, key) for op, key in json.loads(known)}, match)

@@ -268,14 +268,19 @@ def test_workers_that_compile_share_the_candidates(monkeypatch):
 
     monkeypatch.setattr(tune, "tunable_modules", lambda: [module])
     monkeypatch.setattr(
-        tune, "points", lambda small: [({}, fails), ({}, lambda machine: work), ({}, lambda machine: work)]
+        tune,
+        "points",
+        lambda small: [({}, fails), ({"op": "a"}, lambda machine: work), ({"op": "b"}, lambda machine: work)],
     )
     for index in range(2):
-        tune.compile_share(index, 2, set())
+        tune.compile_share(index, 2, set(), "")
     assert module.ran == [4, 4, 8, 4, 4, 2, 16, 4]  # the default first at each point, then one's share at the first
     module.ran.clear()
-    tune.compile_share(0, 2, {("fake", "m3")})
+    tune.compile_share(0, 2, {("fake", "m3")}, "")
     assert module.ran == [4, 4]
+    module.ran.clear()
+    tune.compile_share(0, 2, {("fake", "m3")}, "tuning/b")  # what is not to be measured is not compiled
+    assert module.ran == [4]
 
 
 def record(stage: str, figures: dict, card: str = "NVIDIA H200", **tags: object) -> dict:

@@ -66,6 +66,8 @@ def run_assembly(patch: pytest.MonkeyPatch) -> None:
     def create_inline_asm(
         self: Any, code: str, constraints: str, values: list[Any], types: list[Any], pure: bool, pack: int
     ) -> Any:
+        if constraints == "=f,0" and code.startswith("//"):  # what it is given, unchanged
+            return SimpleNamespace(get_result=lambda at: values[0])
         assert (constraints, pack) == (",".join([*["=r"] * len(types), *["r"] * len(values)]), 2)
         shape = values[0].data.shape
         registers = {

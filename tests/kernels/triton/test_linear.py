@@ -118,12 +118,13 @@ def test_products(bits, n, k, group, m, rows, tokens, step, split, fold, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("bits", "kind"), [(4, "symmetric"), (4, "zero"), (8, "zero"), (8, "bias")])
-def test_products_with_assembly(bits, kind, dtype, monkeypatch):
+@pytest.mark.parametrize("fold", [0, 1], ids=["weights scaled", "sums scaled"])
+@pytest.mark.parametrize(("bits", "kind"), [(4, "symmetric"), (4, "zero"), (4, "bias"), (8, "zero"), (8, "bias")])
+def test_products_with_assembly(bits, kind, fold, dtype, monkeypatch):
     run_assembly(monkeypatch)
     monkeypatch.setattr(linear_packed, "interpreted", lambda: False)
     weight, x = packed(bits, 20, 128, 32, kind), random(3, 3, 128, dtype=dtype)
-    found = linear_packed.linear_packed(x, spans(weight), None, config(32, 16, 2, 1, 1))
+    found = linear_packed.linear_packed(x, spans(weight), None, config(32, 16, 2, 1, fold))
     assert error(found, x.double() @ weight.dequantize(torch.float64).T) < TOLERANCE[dtype]
 
 

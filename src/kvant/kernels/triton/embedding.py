@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvant.kernels.triton.span_codes import codes_less, meant, word_of
+from kvant.kernels.triton.span_codes import meant, values, word_of
 from kvant.kernels.triton.weights import WORDS, Dense, RowCodes, SpanCodes, TritonWeight
 
 _FEW, _MANY = 16, 64  # rows of a program, for some of a matrix and for all
@@ -37,11 +37,12 @@ def _rows_of(weight: RowCodes, ids: Tensor) -> Tensor:
 def _launch(weight: SpanCodes, out: Tensor, ids: Tensor | None, order: Tensor | None) -> Tensor:
     (n, k), count = weight.shape, out.shape[0]
     rows = _MANY if ids is None else _FEW
-    grid = (-(-k // weight.span), triton.cdiv(count, rows))
+    piece = min(WORDS, weight.group)
+    grid = (-(-k // weight.span) * (WORDS // piece), triton.cdiv(count, rows))
     if count:
         _rows[grid](
             weight.words, weight.steps, weight.unit, ids, order, out, count, n, k, triton.cdiv(k, weight.group),
-            BITS=weight.bits, GROUP=weight.group, KIND=weight.kind, WORDS=WORDS, ROWS=rows,
+            BITS=weight.bits, GROUP=weight.group, KIND=weight.kind, WORDS=WORDS, PIECE=piece, ROWS=rows,
         )  # fmt: skip
     return out
 
@@ -49,22 +50,25 @@ def _launch(weight: SpanCodes, out: Tensor, ids: Tensor | None, order: Tensor | 
 @triton.jit
 def _rows(
     words, steps, unit, ids, order, out, count, n, k, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program: a span of some rows. ids and order may be None."""
-    span, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside, j = row < count, tl.arange(0, WORDS)
-    source = row if ids is None else tl.load(ids + row, inside, other=0).to(tl.int32)
-    at = (span.to(tl.int64) * n + source)[:, None] * WORDS + j[None, :]
-    packed = tl.load(words + at, inside[:, None], other=0)
+    """A program: PIECE words, whose codes at a place share a scale, of some rows. ids and order may be None."""
     PLACES: tl.constexpr = 16 // BITS
+    APART: tl.constexpr = WORDS // PIECE
+    span, first = tl.program_id(0) // APART, tl.program_id(0) % APART * PIECE
+    row, j = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, PIECE)
+    inside = row < count
+    source = row if ids is None else tl.load(ids + row, inside, other=0).to(tl.int32)
+    at = (span.to(tl.int64) * n + source)[:, None] * WORDS + first + j[None, :]
+    packed = tl.load(words + at, inside[:, None], other=0)
     for place in tl.static_range(PLACES):
-        column = (span * PLACES + place) * WORDS + j
-        group = (span * PLACES + place) * WORDS // GROUP
-        word = word_of(steps, group, groups, n, source, inside, KIND)
-        scale, zero, bias = meant(word, group, groups, KIND, BITS)
-        values = (codes_less(packed, zero, place, tl.float32, BITS, False) * scale[:, None] + bias[:, None]) * unit
+        start = (span * PLACES + place) * WORDS + first
+        column, group = start + j, start // GROUP
+        word = word_of(steps, group, groups, n, source, inside, KIND, APART)
+        scale, zero, bias = meant(word, group, groups, KIND, BITS, APART)
+        found = values(packed, zero, scale, bias, place, tl.float32, BITS, False) * unit
         held = column < k
         target = column if order is None else tl.load(order + column, held, other=0)
         to = out + row.to(tl.int64)[:, None] * k + target[None, :]
-        tl.store(to, values.to(out.dtype.element_ty), inside[:, None] & held[None, :])
+        tl.store(to, found.to(out.dtype.element_ty), inside[:, None] & held[None, :])

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kvant.kernels.triton.embedding import expanded
 from kvant.kernels.triton.launch import Config, interpreted
-from kvant.kernels.triton.span_codes import codes_less, loads_words, meant, word_of
+from kvant.kernels.triton.span_codes import codes_less, loads_words, meant, values, word_of
 from kvant.kernels.triton.sums import finish, leave, room_for_parts, split_for
-from kvant.kernels.triton.weights import SPANS, WORDS, SpanCodes
+from kvant.kernels.triton.weights import QUARTER, WORDS, SpanCodes
 
 # Tokens from which a matrix that is expanded to 16 bits first is multiplied faster, by cuBLAS.
 _MANY = 128
@@ -40,28 +40,24 @@ def default(m: int, weight: SpanCodes, dtype: torch.dtype) -> Config:
     """A good configuration for any card."""
     if m > (_MANY_IN_FLOAT32 if dtype == torch.float32 else _MANY):
         return EXPAND
-    tokens = _tokens(m)
-    if tokens > 64:  # 64 at a time: for 128 there are no registers for a second sum, and few programs
-        return _config(m, weight, 128, 64, 128, 4, 3, 2, fold=1)
-    if tokens == 64:
-        return _config(m, weight, 128, tokens, 128, 8, 3, 2, fold=1)
-    return _config(m, weight, 128, tokens, 128, 4, 3, 3, fold=1)
+    tokens = min(_tokens(m), 64)  # for 128 at a time, smaller cards have too little shared memory
+    fold = int(tokens < (16 if weight.kind == "bias" else 64))
+    return _config(m, weight, 128, tokens, 256 if tokens <= 16 else 128, 4, 3, 1 if tokens == 64 else 3, fold)
 
 
 def candidates(m: int, weight: SpanCodes, dtype: torch.dtype) -> list[Config]:
     """What is worth a measurement."""
     found, tokens = [default(m, weight, dtype)], min(_tokens(m), 128)
     if tokens <= 32:
-        tiles, loops, often = [(64, 2), (128, 2), (128, 4)], [(128, 3), (256, 2), (256, 3)], [2, 3, 5]
-    elif tokens == 64:
-        tiles, loops, often = [(64, 4), (128, 4), (128, 8)], [(128, 3), (256, 2), (256, 3)], [1, 2]
+        tiles, loops, often = [(128, 2), (128, 4)], [(128, 3), (256, 3), (256, 4)], [2, 3, 5]
     else:
-        tiles, loops, often = [(128, 4), (128, 8)], [(128, 3), (256, 3)], [1]
-        found.append(EXPAND)
+        tiles, loops, often = [(128, 4), (256, 8)], [(128, 2), (128, 3), (256, 2), (256, 3)], [1, 2]
+    folds = [0] if tokens >= 64 else [0, 1] if weight.kind == "bias" else [1]
+    widths = [tokens] if tokens < 128 else [64, 128]
+    found += [EXPAND] * (tokens == 128)
     found += [
-        _config(m, weight, rows, tokens, depth, warps, stages, each, fold)
-        for (rows, warps), (depth, stages), each in product(tiles, loops, often)
-        for fold in ([1] if tokens <= 64 else [0] if weight.kind == "bias" else [0, 1])
+        _config(m, weight, rows, width, depth, warps, stages, each, fold)
+        for width, (rows, warps), (depth, stages), each, fold in product(widths, tiles, loops, often, folds)
     ]
     return [config for at, config in enumerate(found) if config not in found[:at]]
 
@@ -76,10 +72,10 @@ def _config(
     """A program computes so many rows of so many tokens, `depth` columns at a time.
 
     Sums are cut for about `each` programs on a multiprocessor. To `fold` is to scale sums over a group, not weights:
-    it costs less, where there are registers for a second sum.
+    it rounds nothing, and costs less where tokens are few.
     """
-    step = min(SPANS, depth // weight.span)
-    steps = triton.cdiv(triton.cdiv(weight.shape[1], weight.span), step)
+    step = min(4, 4 * depth // weight.span)
+    steps = triton.cdiv(weight.shape[1], weight.span) * (4 // step)
     blocks = triton.cdiv(m, tokens) * triton.cdiv(weight.shape[0], rows)
     split = split_for(steps, blocks, each * _MULTIPROCESSORS)
     return Config({"ROWS": rows, "TOKENS": tokens, "STEP": step, "SPLIT": split, "FOLD": fold}, warps, stages)
@@ -110,9 +106,9 @@ def _launch(x: Tensor, weight: SpanCodes, bias: Tensor | None, config: Config) -
     _linear[grid](
         x, weight.words, weight.steps, weight.unit, bias, out, parts, weight.arrivals,
         m, n, k, x.stride(0), triton.cdiv(k, weight.group),
-        BITS=weight.bits, GROUP=weight.group, KIND=weight.kind, WORDS=WORDS,
+        BITS=weight.bits, GROUP=weight.group, KIND=weight.kind, WORDS=WORDS, QUARTER=QUARTER,
         ASSEMBLY=x.dtype != torch.float32 and not interpreted(), WHOLE=n % blocks["ROWS"] == 0,
-        EVEN=k % (weight.span * blocks["STEP"]) == 0, **config.options,
+        EVEN=k % weight.span == 0, **config.options,
     )  # fmt: skip
     return out
 
@@ -120,36 +116,38 @@ def _launch(x: Tensor, weight: SpanCodes, bias: Tensor | None, config: Config) -
 @triton.jit(do_not_specialize=["m"])
 def _linear(
     x, words, steps, unit, bias, out, parts, arrivals, m, n, k, x_stride, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,
-    WHOLE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
-    SPLIT: tl.constexpr, FOLD: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, QUARTER: tl.constexpr,
+    ASSEMBLY: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    STEP: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS outputs of TOKENS tokens, over one of SPLIT parts of K; STEP spans at a time.
+    """A program: ROWS outputs of TOKENS tokens, over one of SPLIT parts of K; STEP quarters of a span at a time.
 
     bias and parts may be None.
     """
     SPAN: tl.constexpr = WORDS * (16 // BITS)
-    # Spans that share a scale.
-    PIECE: tl.constexpr = STEP if GROUP >= STEP * SPAN else (GROUP // SPAN if GROUP >= SPAN else 1)
+    # Quarters in which codes at a place share a scale.
+    PIECE: tl.constexpr = STEP if GROUP >= STEP * QUARTER else GROUP // QUARTER
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row, part = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(2)
-    count = tl.cdiv(tl.cdiv(k, SPAN), STEP)
+    count = tl.cdiv(k, SPAN) * (4 // STEP)
     first, last = count * part // SPLIT, count * (part + 1) // SPLIT
-    j = tl.arange(0, PIECE * WORDS)
-    span = first * STEP + j // WORDS
+    span, j = first * STEP // 4, first * STEP % 4 * QUARTER + tl.arange(0, PIECE * QUARTER)
     # Carried on from step to step: to compute them anew would take a quarter of all instructions.
-    codes_at = words + span.to(tl.int64)[None, :] * (n * WORDS) + row[:, None] * WORDS + (j % WORDS)[None, :]
-    inputs_at = x + token.to(tl.int64)[None, :] * x_stride + (span * SPAN + j % WORDS)[:, None]
+    codes_at = words + span.to(tl.int64) * (n * WORDS) + (row[:, None] * WORDS + j[None, :])
+    inputs_at = x + token.to(tl.int64)[None, :] * x_stride + (span * SPAN + j)[:, None]
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in range(first, last):
         for piece in tl.static_range(STEP // PIECE):
             total = _add_piece(
-                total, step * STEP + piece * PIECE, codes_at + piece * PIECE * n * WORDS,
-                inputs_at + piece * PIECE * SPAN, steps, row, token, m, n, k, groups,
-                BITS, GROUP, KIND, WORDS, ASSEMBLY, WHOLE, EVEN, PIECE, FOLD,
+                total, step * STEP + piece * PIECE, codes_at + piece * PIECE * QUARTER,
+                inputs_at + piece * PIECE * QUARTER, steps, row, token, m, n, k, groups,
+                BITS, GROUP, KIND, WORDS, QUARTER, ASSEMBLY, WHOLE, EVEN, PIECE, FOLD,
             )  # fmt: skip
-        codes_at += STEP * n * WORDS
-        inputs_at += STEP * SPAN
+        if ASSEMBLY and not FOLD:
+            total = _arrived(total)
+        ends = (step + 1) * STEP % 4 == 0
+        codes_at += tl.where(ends, n * WORDS - (4 - STEP) * QUARTER, STEP * QUARTER)
+        inputs_at += tl.where(ends, SPAN - (4 - STEP) * QUARTER, STEP * QUARTER)
     total *= unit
     if SPLIT > 1:
         leave(total, parts, arrivals, bias, out, row, token, m, n, SPLIT)
@@ -158,32 +156,42 @@ def _linear(
 
 
 @triton.jit
+def _arrived(total):
+    """The sums, unchanged, when the product that they come from has ended.
+
+    Triton lets the last product of a loop's body go on until the next begins. With an operand in registers ptxas then
+    does not see which registers are free, and lets none of the body's products begin before the one before has ended.
+    """
+    return tl.inline_asm_elementwise("// $0", "=f,0", [total], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _add_piece(
-    total, span, codes_at, inputs_at, steps, row, token, m, n, k, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,
-    WHOLE: tl.constexpr, EVEN: tl.constexpr, PIECE: tl.constexpr, FOLD: tl.constexpr,
+    total, quarter, codes_at, inputs_at, steps, row, token, m, n, k, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, QUARTER: tl.constexpr,
+    ASSEMBLY: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, PIECE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """total + W x^T over PIECE spans from `span` on."""
+    """total + W x^T over PIECE quarters of a span, from `quarter` of all on."""
     PLACES: tl.constexpr = 16 // BITS
-    ALIKE: tl.constexpr = PLACES if GROUP >= PLACES * WORDS else GROUP // WORDS  # places that share a scale
+    ALIKE: tl.constexpr = min(PLACES, max(1, GROUP // WORDS))  # places that share a scale
+    APART: tl.constexpr = max(1, WORDS // GROUP)
     TYPE: tl.constexpr = inputs_at.dtype.element_ty
     inside = row < n
     codes = tl.load(codes_at) if WHOLE else tl.load(codes_at, inside[:, None], other=0)
-    j = tl.arange(0, PIECE * WORDS)
-    column = (span + j // WORDS) * (PLACES * WORDS) + j % WORDS
     for place in tl.static_range(PLACES):
+        start = (quarter // 4 * PLACES + place) * WORDS + quarter % 4 * QUARTER
         held = (token < m)[None, :]
         if not EVEN:
-            held = held & (column + place * WORDS < k)[:, None]
+            held = held & (start + tl.arange(0, PIECE * QUARTER) < k)[:, None]
         inputs = tl.load(inputs_at + place * WORDS, held, other=0.0)
         if place % ALIKE == 0:
-            group = (span * PLACES + place) * WORDS // GROUP
+            group = start // GROUP
             if loads_words(place, ALIKE, KIND):
-                word = word_of(steps, group, groups, n, row, inside, KIND)
-            scale, zero, bias = meant(word, group, groups, KIND, BITS)
+                word = word_of(steps, group, groups, n, row, inside, KIND, APART)
+            scale, zero, bias = meant(word, group, groups, KIND, BITS, APART)
             some, sums = tl.zeros_like(total), tl.zeros_like(total)
-        value = codes_less(codes, zero, place, TYPE, BITS, ASSEMBLY)
         if FOLD:
+            value = codes_less(codes, zero, place, TYPE, BITS, ASSEMBLY)
             some = tl.dot(value, inputs, some, input_precision="ieee")
             if KIND == "bias":
                 # Tensor cores have time for it; a sum over threads would wait.
@@ -194,8 +202,6 @@ def _add_piece(
                 if KIND == "bias":
                     total += sums * bias[:, None]
         else:
-            wide = value.to(tl.float32) * scale[:, None]
-            if KIND == "bias":
-                wide += bias[:, None]
-            total = tl.dot(wide.to(TYPE), inputs, total, input_precision="ieee")
+            value = values(codes, zero, scale, bias, place, TYPE, BITS, ASSEMBLY)
+            total = tl.dot(value, inputs, total, input_precision="ieee")
     return total

@@ -13,33 +13,65 @@ def codes_less(words, zero, PLACE: tl.constexpr, TYPE: tl.constexpr, BITS: tl.co
     With ASSEMBLY two at a time, for a TYPE of 16 bits: a code is set in the fraction of a power of two, from which the
     power and the zero are taken away.
     """
-    if not ASSEMBLY:
-        codes = ((words >> (BITS * PLACE)) & ((1 << BITS) - 1)).to(tl.float32)
-        return (codes - zero[:, None]).to(TYPE)
-    elif TYPE == tl.float16:  # noqa: SIM300
-        # A fraction of 10 bits also holds a code above another: left there, without a shift, it counts 16 times.
-        HIGH: tl.constexpr = BITS == 4 and PLACE % 2 == 1
-        MASK: tl.constexpr = 0x00F000F0 if HIGH else (0x000F000F if BITS == 4 else 0x00FF00FF)
-        STEP: tl.constexpr = 0x2C002C00 if HIGH else 0x3C003C00
-        HALVES: tl.constexpr = f"""{{ .reg .b32 t, step; mov.b32 step, {STEP}; shr.u32 t, $1, {BITS * PLACE - 4 * HIGH};
-            lop3.b32 t, t, {MASK}, 0x64006400, 0xEA; fma.rn.f16x2 $0, t, step, $2; }}"""
-        return _asm(HALVES, words, ((-64 if HIGH else -1024) - zero).to(TYPE))
-    elif BITS == 4:
-        FOUR_BITS: tl.constexpr = f"""{{ .reg .b32 t, one; mov.b32 one, 0x3F803F80; shr.u32 t, $1, {BITS * PLACE};
-            lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA; fma.rn.bf16x2 $0, t, one, $2; }}"""
-        return _asm(FOUR_BITS, words, (-128 - zero).to(TYPE))
+    if ASSEMBLY:
+        CODE: tl.constexpr = unpacking(PLACE, TYPE, BITS)
+        less = (power(PLACE, TYPE, BITS) - zero).to(TYPE)
+        found = tl.inline_asm_elementwise(
+            CODE, "=r,r,r", [words, less[:, None]], dtype=less.dtype, is_pure=True, pack=2
+        )
     else:
-        # Bfloat16's fraction has 7 bits: the code's highest bit makes the power that is taken away 128 and not 256.
-        EIGHT_BITS: tl.constexpr = f"""{{ .reg .b32 t, u, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xBF80BF80;
-            shr.u32 t, $1, {BITS * PLACE}; lop3.b32 u, t, 0x00800080, 0x43804380, 0x6A;
-            lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA; fma.rn.bf16x2 t, u, less, t;
-            fma.rn.bf16x2 $0, t, one, $2; }}"""
-        return _asm(EIGHT_BITS, words, (128 - zero).to(TYPE))
+        codes = ((words >> (BITS * PLACE)) & ((1 << BITS) - 1)).to(tl.float32)
+        found = (codes - zero[:, None]).to(TYPE)
+    return found
 
 
 @triton.jit
-def _asm(CODE: tl.constexpr, words, less):
-    return tl.inline_asm_elementwise(CODE, "=r,r,r", [words, less[:, None]], dtype=less.dtype, is_pure=True, pack=2)
+def values(
+    words, zero, scale, bias, PLACE: tl.constexpr, TYPE: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr
+):
+    """The values at a place: `codes_less`, times the row's scale, plus its bias, both [rows] float32: in TYPE.
+
+    With ASSEMBLY scale and bias are rounded to TYPE too.
+    """
+    if ASSEMBLY:
+        CODE: tl.constexpr = unpacking(PLACE, TYPE, BITS, True)
+        less = (power(PLACE, TYPE, BITS) - zero).to(TYPE)
+        operands = [words, less[:, None], scale.to(TYPE)[:, None], bias.to(TYPE)[:, None]]
+        found = tl.inline_asm_elementwise(CODE, "=r,r,r,r,r", operands, dtype=less.dtype, is_pure=True, pack=2)
+    else:
+        codes = codes_less(words, zero, PLACE, tl.float32, BITS, False)
+        found = (codes * scale[:, None] + bias[:, None]).to(TYPE)
+    return found
+
+
+@triton.constexpr_function
+def unpacking(PLACE, TYPE, BITS, SCALED=False):
+    """PTX for two words $1: $0 is their codes at a place plus $2, and where SCALED that times $3 plus $4."""
+    kind = "f16x2" if TYPE == tl.float16 else "bf16x2"  # noqa: SIM300
+    shift = BITS * PLACE
+    if TYPE == tl.float16:  # noqa: SIM300
+        # A fraction of 10 bits also holds a code above another: left there, without a shift, it counts 16 times.
+        high = BITS == 4 and PLACE % 2 == 1
+        mask, step = (0x00F000F0, 0x2C002C00) if high else (0x000F000F if BITS == 4 else 0x00FF00FF, 0x3C003C00)
+        code = f"shr.u32 t, $1, {shift - 4 * high}; lop3.b32 t, t, {mask}, 0x64006400, 0xEA;"
+    elif BITS == 4:
+        step = 0x3F803F80
+        code = f"shr.u32 t, $1, {shift}; lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;"
+    else:
+        # Bfloat16's fraction has 7 bits: the code's highest bit makes the power that is taken away 128 and not 256.
+        step = 0x3F803F80
+        code = f"""mov.b32 less, 0xBF80BF80; shr.u32 t, $1, {shift}; lop3.b32 u, t, 0x00800080, 0x43804380, 0x6A;
+            lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA; fma.rn.bf16x2 t, u, less, t;"""
+    end = f"fma.rn.{kind} t, t, step, $2; fma.rn.{kind} $0, t, $3, $4;" if SCALED else f"fma.rn.{kind} $0, t, step, $2;"
+    return f"{{ .reg .b32 t, u, step, less; mov.b32 step, {step}; {code} {end} }}"
+
+
+@triton.constexpr_function
+def power(PLACE, TYPE, BITS):
+    """What `unpacking` finds added to codes, negated."""
+    if TYPE == tl.float16:  # noqa: SIM300
+        return -64 if BITS == 4 and PLACE % 2 == 1 else -1024
+    return -128 if BITS == 4 else 128
 
 
 @triton.constexpr_function
@@ -49,16 +81,18 @@ def loads_words(PLACE, ALIKE, KIND):
 
 
 @triton.jit
-def word_of(steps, group, groups, n, rows, inside, KIND: tl.constexpr):
-    """The rows' words of a group; behind the last group, the last."""
+def word_of(steps, group, groups, n, rows, inside, KIND: tl.constexpr, APART: tl.constexpr):
+    """The rows' words of a group; behind the last group, the last. The groups of a pair are so many APART."""
     at = tl.minimum(group, groups - 1)
-    return tl.load(steps + (at // 2 if KIND == "pair" else at) * n + rows, inside, other=0)
+    if KIND == "pair":
+        at = at // (2 * APART) * APART + at % APART
+    return tl.load(steps + at * n + rows, inside, other=0)
 
 
 @triton.jit
-def meant(word, group, groups, KIND: tl.constexpr, BITS: tl.constexpr):
+def meant(word, group, groups, KIND: tl.constexpr, BITS: tl.constexpr, APART: tl.constexpr):
     """What words say, float32: scale, zero and bias, x = (code - zero) * scale + bias; the bias is 0 where none is."""
-    at = tl.minimum(group, groups - 1)
+    at = tl.minimum(group, groups - 1) // APART
     scale = _half(word >> (at % 2 * 16)) if KIND == "pair" else _half(word)
     # The scale is part of the zero, which takes nothing away, since Triton copies to shared memory, steps ahead, what
     # products' operands are made of.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvant.formats.weight import InputCodes, PackedWeight
 
-WORDS = 16  # of a row in a span: 32 bytes, a sector of memory, and the least depth of a product on tensor cores
-SPANS = 4  # the number of spans is a multiple of it, so that a loop over K may take up to so many at once
+WORDS = 64  # of a row in a span: 128 bytes, a line of memory
+QUARTER = WORDS // 4  # words: the least depth of a product on tensor cores
 ROW_PADDING = 128  # bytes: what the columns of `RowCodes` are a multiple of
 _SMALLEST_GROUP = 16
 _LEAST_ARRIVALS = 64
@@ -40,11 +40,12 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class SpanCodes:
-    """A matrix of codes of few bits. Its columns are cut into spans of 64 (4 bits) or 32 (8 bits).
+    """A matrix of codes of few bits. Its columns are cut into spans of 256 (4 bits) or 128 (8 bits).
 
-    A span of a row is 16 words of 16 bits. Word j holds the codes of the span's columns j, 16 + j, ..., the first in
-    its lowest bits: the same bits of all words are 16 neighbouring columns, so codes are never moved between registers.
-    A loop over K finds each of its steps in one piece of memory for any number of rows.
+    A span of a row is 64 words of 16 bits. Word j holds the codes of the span's columns j, 64 + j, ..., the first in
+    its lowest bits: the same bits of all words are 64 neighbouring columns. So codes are never moved between registers,
+    and the inputs that they are multiplied with lie in whole lines of memory. A loop over K takes a span at a time, or
+    one or two quarters of it.
 
     What a group's codes stand for lies in words of 32 bits, two float16 in each: the least that is copied to shared
     memory while a loop computes. Loaded any other way, each step of a loop would wait for memory.
@@ -53,9 +54,9 @@ class SpanCodes:
         bits: of a code, 4 or 8.
         group: columns that share a scale, a power of two >= 16.
         kind: "zero", a value is (q - zero) * scale; "bias", q * scale + bias; "pair", (q - 2^(bits - 1)) * scale.
-        words: [spans, N, 16] int16; codes of columns that are only there to fill the last spans are zero.
+        words: [spans, N, 64] int16; codes of columns that are only there to fill the last span are zero.
         steps: [groups, N] int32, a scale in the low half and a zero or bias in the high one; of "pair" [groups / 2, N],
-            the scales of an even group and of the one behind it.
+            the scales of an even group and of the one behind it, or of groups below 64 the one 64 columns behind it.
         unit: a power of two that scales and biases are to be multiplied with: without it float16 might not hold them.
             Those of float32 are rounded to it, by 2^-12 at most.
         order: [K] int64, stored column j is input order[j]; None where they are in order.
@@ -158,24 +159,29 @@ def _span_codes(
 ) -> SpanCodes:
     shape = weight.out_features, weight.in_features
     span = span_of(weight.bits)
-    spans = -(-shape[1] // (span * SPANS)) * SPANS
+    spans = -(-shape[1] // span)
     words = torch.empty(spans, shape[0], WORDS, dtype=torch.int16, device=planes["q"].device)
     for rows, part in _some_rows(planes["q"], spans * span * weight.bits // 8):
         words[:, rows] = _words(part, weight.bits, spans).transpose(0, 1)
     kind = "zero" if "zero" in planes else "bias" if "bias" in planes else "pair"
-    steps, unit = _steps(*(_by_group(planes[name], weight, group) for name in ("scale", kind) if name in planes))
+    meant = [_by_group(planes[name], weight, group) for name in ("scale", kind) if name in planes]
+    steps, unit = _steps(max(1, WORDS // group), *meant)
     return SpanCodes(
         shape, weight.bits, group, kind, words, steps, unit, order, inputs, _arrivals(words, shape[0])
     )  # fmt: skip
 
 
-def _steps(scale: Tensor, other: Tensor | None = None) -> tuple[Tensor, float]:
-    """Scales [groups, N] and zeros (bytes) or biases, or pairs of scales, in words [groups or half of them, N]."""
+def _steps(apart: int, scale: Tensor, other: Tensor | None = None) -> tuple[Tensor, float]:
+    """Scales [groups, N] and zeros (bytes) or biases, or pairs of scales, in words [groups or half of them, N].
+
+    The groups of a pair are so many `apart`.
+    """
     shared = [scale] if other is None or other.dtype == torch.uint8 else [scale, other]
     unit = _unit(shared)
     if other is None:
-        scale = torch.cat([scale, scale[len(scale) - len(scale) % 2 :]])  # the last again, where their number is odd
-        scale, other = scale[::2], scale[1::2].float() / unit
+        missing = -len(scale) % (2 * apart)
+        pairs = torch.cat([scale, scale[-1:].expand(missing, -1)]).unflatten(0, (-1, 2, apart))
+        scale, other = pairs[:, 0].flatten(0, 1), pairs[:, 1].flatten(0, 1).float() / unit
     elif len(shared) > 1:
         other = other.float() / unit
     low, high = (x.half().view(torch.int16).int() for x in (scale.float() / unit, other))
