@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from itertools import accumulate, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from kvant.engine.batch import Batch
 from kvant.engine.core import Core
 from kvant.engine.decode_graphs import batch_sizes
 from kvant.engine.graphs import StepGraphs
-from kvant.engine.prompt_graphs import prompt_sizes
+from kvant.engine.prompt_graphs import prompt_sizes, starts_of
 from kvant.engine.runner import Runner
 from kvant.kernels.reference import ReferenceOps
 from tests.engine.drive import PLANS, Ask, assert_same, core_of, drive, text
@@ -36,6 +38,29 @@ def test_sizes_are_close_where_padding_costs_most():
 def test_a_prompt_has_room_beside_as_many_sequences_as_half_of_its_tokens():
     assert prompt_sizes(31, 8) == {}
     assert prompt_sizes(200, 40) == {32: 16, 64: 32, 128: 40, 192: 40}
+
+
+@pytest.mark.parametrize(("size", "sequences", "prompts"), [(32, 16, 2), (192, 40, 12), (256, 8, 7), (64, 1, 1)])
+def test_a_step_has_a_prompt_for_every_sixteen_of_its_tokens_and_a_decode(size, sequences, prompts):
+    starts = starts_of(size, sequences)
+    counts = [stop - start for start, stop in pairwise(starts)]
+    assert (starts[0], starts[-1], len(counts)) == (0, size, sequences)
+    assert sum(count > 1 for count in counts) == prompts
+    assert (1 in counts) == (sequences > 1)  # else nothing would be launched for one
+
+
+def test_more_prompts_than_a_step_was_recorded_for_take_a_larger_one(tiny_model):
+    """Attention launches programs for so many prompts, and no others would be attended to."""
+    calls: list[int] = []
+    core = recording(core_of(tiny_model, max_num_seqs=8), calls, 8, 64)
+    graphs = core._runner._graphs._prompts
+
+    def batch_of(*counts: int) -> Batch:
+        attention = SimpleNamespace(context_lens=counts, query_starts=(0, *accumulate(counts)))
+        return SimpleNamespace(ids=range(sum(counts)), attention=attention)
+
+    batches = [batch_of(*counts) for counts in ((20,), (2, 2), (2, 2, 2), (2, 2, 2, 2, 2), (30, 1, 1), (31, 1, 1))]
+    assert [graphs._size(batch, []) for batch in batches] == [32, 32, 64, None, 32, 64]
 
 
 class OfTensors(ReferenceOps):

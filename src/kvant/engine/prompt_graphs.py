@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -24,12 +25,25 @@ logger = logging.getLogger("kvant")
 
 # Larger steps take a GPU longer than their launches take the host.
 _SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+_TOKENS_A_PROMPT = 16  # of a recorded step: as many prompts may be in it. Attention has programs for each.
 _PER_TOKEN = 4  # a token's id, position, slot and rope length
 
 
 def prompt_sizes(max_tokens: int, max_num_seqs: int) -> dict[int, int]:
     """The numbers of tokens that are recorded, up to `max_tokens`, and the most sequences that may share each."""
     return {size: min(size // 2, max_num_seqs) for size in _SIZES if size <= max_tokens}
+
+
+def most_prompts(size: int, sequences: int) -> int:
+    """How many of the sequences of a recorded step may have more than one new token; there is room for a decode."""
+    return max(1, min(size // _TOKENS_A_PROMPT, sequences - 1))
+
+
+def starts_of(size: int, sequences: int) -> tuple[int, ...]:
+    """Where sequences with `size` new tokens begin, and the last ends: as many prompts as may be, and decodes."""
+    prompts = most_prompts(size, sequences)
+    counts = [2] * (prompts - 1) + [1] * (sequences - prompts)
+    return (0, *accumulate([size - sum(counts), *counts]))
 
 
 class PromptGraphs:
@@ -92,10 +106,14 @@ class PromptGraphs:
         return self._logits[: len(ends)], step.attention.not_finite[: len(batch.ids)]
 
     def _size(self, batch: Batch, ends: list[int]) -> int | None:
-        """The least that is recorded and holds so many tokens, sequences and logits."""
+        """The least that is recorded and holds so many tokens, prompts, sequences and logits."""
         tokens, rows = len(batch.ids), max(len(batch.attention.context_lens), len(ends))
-        fitting = (size for size, step in self._steps.items() if size >= tokens and step.sequences >= rows)
-        return min(fitting, default=None)
+        prompts = sum(stop - start > 1 for start, stop in pairwise(batch.attention.query_starts))
+
+        def fits(size: int, sequences: int) -> bool:
+            return size >= tokens and sequences >= rows and most_prompts(size, sequences) >= prompts
+
+        return min((size for size, step in self._steps.items() if fits(size, step.sequences)), default=None)
 
     def _fill(self, batch: Batch, ends: list[int], size: int, sequences: int) -> None:
         attention, tokens, count = batch.attention, len(batch.ids), len(batch.attention.context_lens)
@@ -121,8 +139,8 @@ class PromptGraphs:
         attention = AttentionBatch(
             positions=views.positions,
             slots=views.slots,
-            # One prompt and as many decodes as may be: what the launches of any step of this size have in them.
-            query_starts=(0, *range(size - sequences + 1, size + 1)),
+            # As many prompts and decodes as may be: what the launches of any step of this size have in them.
+            query_starts=starts_of(size, sequences),
             context_lens=(self._longest,) * sequences,
             block_tables=self._tables[:sequences],
         )

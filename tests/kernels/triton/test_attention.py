@@ -112,9 +112,21 @@ def test_a_context_in_parts_and_tiles_of_any_size(name):
         check(out, q, it, shape)
 
 
+@pytest.mark.parametrize("name", ["fp16", "int4"])
+def test_short_contexts_are_in_one_part_where_programs_are_many(name, monkeypatch):
+    monkeypatch.setattr(attention_decode, "MULTIPROCESSORS", 0)
+    it, shape = made(name, lengths=[(250, 1), (63, 1), (1300, 1), (5, 1)]), AttentionShape(3, 1, 64, 0.15)
+    q = torch.randn(it.tokens, 3, 64)
+    for tile, splits in ((16, 4), (64, 2), (64, 16)):
+        out = torch.full_like(q, float("nan"))
+        decode(q, it.cache, it.batch, shape, out, Config({"TILE": tile, "SPLITS": splits}))
+        check(out, q, it, shape)
+
+
+@pytest.mark.parametrize("least", [1, 8])
 @pytest.mark.parametrize(("name", "tile"), [("int8", 64), ("int4", 64), ("int8", 32)])
 @pytest.mark.parametrize("few", [0, 64], ids=["many at once", "one by one"])
-def test_terms_of_the_centre_are_left_for_the_loop(name, tile, few, monkeypatch):
+def test_terms_of_the_centre_are_left_for_the_loop(name, tile, few, least, monkeypatch):
     launched: list[dict] = []
     launch = attention_decode.attend_tiles
 
@@ -129,6 +141,7 @@ def test_terms_of_the_centre_are_left_for_the_loop(name, tile, few, monkeypatch)
 
     monkeypatch.setattr(attention_decode, "attend_tiles", Noting())
     monkeypatch.setattr(attention_decode, "FEW_TILES", few)
+    monkeypatch.setattr(attention_decode, "_least_tiles", lambda programs: least)
     it, shape = made(name, lengths=[(250, 1), (63, 1), (1300, 1)]), AttentionShape(3, 1, 64, 0.15)
     q = torch.randn(it.tokens, 3, 64)
     for splits in (1, 2):

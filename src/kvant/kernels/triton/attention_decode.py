@@ -28,6 +28,7 @@ MOST_SPLITS = 64
 MOST_REGISTERS = 255  # of a thread
 CENTRE_TERMS = 4  # of a query head and a tile of the keys' centre
 MOST_TERMS = 1 << 24  # 64 MiB, less than the largest step takes of other memory
+_WORTH_A_PART = 8  # tiles, to be attended to by a program of their own
 FEW_TILES = 4  # whose terms are computed one by one
 # What `merge` takes of a cache's sides.
 _MERGED = ("k_codes", "v_codes", "v_balance", "K_KIND", "V_KIND", "V_HADAMARD", "K_CODE_STRIDE", "V_CODE_STRIDE")
@@ -47,6 +48,7 @@ def attention_decode(
     _check_groups(shape.head_dim, keys, values)
     q = q if q.stride(2) == 1 and q.stride(1) == shape.head_dim else q.contiguous()
     sequences, splits = len(batch.context_lens), config.blocks["SPLITS"]
+    least = _least_tiles(sequences * shape.num_kv_heads)
     sums = tops = None
     if splits > 1:
         sums = torch.empty(sequences, shape.num_heads, splits, shape.head_dim, dtype=torch.float32, device=q.device)
@@ -55,7 +57,8 @@ def attention_decode(
     common = {
         "q": q, "out": out, "sums": sums, "tops": tops, "starts": batch.starts, "lengths": batch.lengths,
         "tables": batch.block_tables, "scale": shape.scale if softcap else shape.scale * LOG2E,
-        "q_stride": q.stride(0), "table_stride": batch.block_tables.stride(0), "SINKS": cache.format.sinks,
+        "q_stride": q.stride(0), "table_stride": batch.block_tables.stride(0),
+        "least": least, "SINKS": cache.format.sinks,
         "SPAN": SINK_SPAN, "LEAD": cache.lead, "BLOCK_SIZE": cache.block_size, "HEADS": shape.num_heads,
         "KV_HEADS": shape.num_kv_heads, "DIM": shape.head_dim, "WINDOW": shape.window or 0, "SOFTCAP": softcap,
         "SPLITS": splits, "TILE": config.blocks["TILE"],
@@ -68,7 +71,7 @@ def attention_decode(
     group = shape.num_heads // shape.num_kv_heads
     members = min(triton.next_power_of_2(group), MOST_MEMBERS)
     grid = (sequences, shape.num_kv_heads * triton.cdiv(group, members), splits)
-    tiles = _centre_tiles(cache, batch, shape, config)
+    tiles = _centre_tiles(cache, batch, shape, config, least)
     terms = _room_for_terms(keys, math.prod(grid) * tiles, members)
     attend_tiles[grid](
         **launch, K_TYPE=k_type, V_TYPE=v_type, MEMBERS=members, ROWS=max(members, COLUMNS // 2), COLUMNS=COLUMNS,
@@ -80,10 +83,19 @@ def attention_decode(
         merge[(sequences, shape.num_heads)](**common, **merged, num_warps=2)
 
 
-def _centre_tiles(cache: KVLayer, batch: AttentionBatch, shape: AttentionShape, config: Config) -> int:
-    """How many tiles of the keys' centre a part of a context reaches into, at most."""
-    slots = triton.cdiv(_context(batch, shape) + cache.lead, config.blocks["TILE"]) + 1
-    return int(triton.cdiv(slots, config.blocks["SPLITS"]) * config.blocks["TILE"] // CENTRE_TILE + 2)
+def _least_tiles(programs: int) -> int:
+    """Of a part, where contexts in one piece have so many programs.
+
+    Where these fill the card, short parts take it longer: to begin and end one is the work of some tiles.
+    """
+    return _WORTH_A_PART if programs >= 8 * MULTIPROCESSORS else 1
+
+
+def _centre_tiles(cache: KVLayer, batch: AttentionBatch, shape: AttentionShape, config: Config, least: int) -> int:
+    """How many tiles of the keys' centre a part of a context, of at least so many tiles, reaches into at most."""
+    tiles = triton.cdiv(_context(batch, shape) + cache.lead, config.blocks["TILE"]) + 1
+    part = max(triton.cdiv(tiles, config.blocks["SPLITS"]), least)
+    return int(part * config.blocks["TILE"] // CENTRE_TILE + 2)
 
 
 def _room_for_terms(keys: Side, tiles: int, members: int) -> Tensor | None:

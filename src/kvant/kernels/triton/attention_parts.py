@@ -24,16 +24,16 @@ def decoded_length(starts, lengths, sequence):
 
 @triton.jit
 def part_of(
-    length, split, WINDOW: tl.constexpr, SINKS: tl.constexpr, LEAD: tl.constexpr, TILE: tl.constexpr,
+    length, split, least, WINDOW: tl.constexpr, SINKS: tl.constexpr, LEAD: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The slots [low, end) of a sequence that one split attends to, and the beginning of the tile that low lies in.
 
-    Where low >= end there are none. Token t is in slot t + LEAD.
+    A part has at least so many tiles. Where low >= end there are none. Token t is in slot t + LEAD.
     """
     oldest = LEAD + (tl.maximum(length - WINDOW, SINKS) if WINDOW > 0 else tl.minimum(length, SINKS))
     tile = oldest // TILE
-    share = tl.cdiv(tl.cdiv(length + LEAD, TILE) - tile, SPLITS)
+    share = tl.maximum(tl.cdiv(tl.cdiv(length + LEAD, TILE) - tile, SPLITS), least)
     start = (tile + split * share) * TILE
     return tl.maximum(oldest, start), tl.minimum(length + LEAD, start + share * TILE), start
 
@@ -72,9 +72,9 @@ def completed(
     return mixed / total[:, None]
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "least"])
 def merge(
-    q, out, sums, tops, starts, lengths, tables, scale, q_stride, table_stride, k_codes, v_codes, v_balance,
+    q, out, sums, tops, starts, lengths, tables, scale, q_stride, table_stride, least, k_codes, v_codes, v_balance,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, V_HADAMARD: tl.constexpr, SINKS: tl.constexpr, SPAN: tl.constexpr,
     LEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, K_CODE_STRIDE: tl.constexpr, V_CODE_STRIDE: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -89,7 +89,7 @@ def merge(
     PADDED: tl.constexpr = triton.next_power_of_2(DIM)
     PARTS: tl.constexpr = triton.next_power_of_2(SPLITS)
     part, column = tl.arange(0, PARTS), tl.arange(0, PADDED)
-    low, end, _ = part_of(length, part, WINDOW, SINKS, LEAD, TILE, SPLITS)
+    low, end, _ = part_of(length, part, least, WINDOW, SINKS, LEAD, TILE, SPLITS)
     there, inside = (low < end) & (part < SPLITS), column < DIM
     rows = (sequence * HEADS + head) * SPLITS + part
     part_tops = tl.load(tops + rows * 2, there, -float("inf"))

@@ -266,7 +266,8 @@ def attention_prefill(
 ) -> None:
     """Attention of the sequences that have at least `fewest` new tokens, as `Ops.attention`, into `out`, contiguous.
 
-    Rows of other sequences come out as anything.
+    Rows of other sequences come out as anything. What is launched serves all batches of as many tokens and sequences,
+    of which no more have `fewest`.
     """
     config = config or default(q, cache, batch, shape)
     keys, values = side_of(cache, "key"), side_of(cache, "value")
@@ -296,8 +297,8 @@ def attention_prefill(
         size = (sequences, shape.num_kv_heads, SINK_ROWS, shape.head_dim)
         sink_keys, sink_values = empty(queries.dtype, *size), empty(TORCH_TYPES[v_type], *size)
         shape_sinks[(sequences, shape.num_kv_heads)](
-            sink_keys, sink_values, **tables, **paging, SPAN=SINK_SPAN, ROWS=SINK_ROWS, KV_HEADS=shape.num_kv_heads,
-            DIM=shape.head_dim,
+            sink_keys, sink_values, batch.starts, **tables, **paging, SPAN=SINK_SPAN, ROWS=SINK_ROWS, FEWEST=fewest,
+            KV_HEADS=shape.num_kv_heads, DIM=shape.head_dim,
             **_some(sides, "k_codes", "v_codes", "k_balance", "v_balance", "K_KIND", "K_CODE_STRIDE", "K_HADAMARD",
                     "V_KIND", "V_CODE_STRIDE", "V_HADAMARD"),
         )  # fmt: skip
@@ -312,7 +313,9 @@ def attention_prefill(
     group = shape.num_heads // shape.num_kv_heads
     members = min(group, config.blocks["ROWS"])
     held = config.blocks["ROWS"] // members
-    tiles = triton.cdiv(tokens, held) + sequences  # at most, however the tokens are distributed
+    counts = [stop - start for start, stop in pairwise(batch.query_starts)]
+    # At most, however the tokens are distributed among so many that have tiles.
+    tiles = triton.cdiv(tokens, held) + sum(count >= fewest for count in counts)
     sums = empty(torch.float32, *q.shape) if values.hadamard > 1 else out
     _attend_rows[(tiles, shape.num_kv_heads * triton.cdiv(group, members))](
         queries, sums, batch.starts, **tables, tiles=tiles, sink_keys=sink_keys, sink_values=sink_values,

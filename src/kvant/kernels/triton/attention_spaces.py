@@ -72,14 +72,19 @@ def _spread_into(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def shape_sinks(
-    sink_keys, sink_values, lengths, tables, table_stride, k_codes, v_codes, k_balance, v_balance,
+    sink_keys, sink_values, starts, lengths, tables, table_stride, k_codes, v_codes, k_balance, v_balance,
     K_KIND: tl.constexpr, K_CODE_STRIDE: tl.constexpr, K_HADAMARD: tl.constexpr,
     V_KIND: tl.constexpr, V_CODE_STRIDE: tl.constexpr, V_HADAMARD: tl.constexpr,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SINKS: tl.constexpr, SPAN: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, FEWEST: tl.constexpr,
 ):  # fmt: skip
-    """A sequence's sinks in the spaces of the codes, [ROWS, DIM] each; zeros where there is none."""
+    """A sequence's sinks in the spaces of the codes, [ROWS, DIM] each; zeros where there is none.
+
+    Sequences with less than FEWEST new tokens are left out.
+    """
     sequence, head = tl.program_id(0), tl.program_id(1)
+    if tl.load(starts + sequence + 1) - tl.load(starts + sequence) < FEWEST:
+        return
     block = tl.load(tables + sequence * table_stride)
     which = tl.arange(0, ROWS)[:, None]
     there = which < tl.minimum(SINKS, tl.load(lengths + sequence))

@@ -183,9 +183,9 @@ def _gathered(x, shifted, own, PARTS: tl.constexpr):
     return tl.sum(tl.where(own[:, None, :], x, 0.0), 2)
 
 
-@triton.jit(do_not_specialize=["table_stride", "term_tiles"])
+@triton.jit(do_not_specialize=["table_stride", "least", "term_tiles"])
 def attend_tiles(
-    q, out, sums, tops, terms, starts, lengths, tables, scale, q_stride, table_stride, term_tiles,
+    q, out, sums, tops, terms, starts, lengths, tables, scale, q_stride, table_stride, least, term_tiles,
     k_codes, k_meta, k_scale, k_balance, v_codes, v_meta, v_scale, v_balance, centre, frequencies, basis,
     K_KIND: tl.constexpr, K_STEPS: tl.constexpr, K_GROUPS: tl.constexpr, K_CODE_STRIDE: tl.constexpr,
     K_META_STRIDE: tl.constexpr, K_HADAMARD: tl.constexpr, K_TYPE: tl.constexpr,
@@ -205,7 +205,7 @@ def attend_tiles(
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head, member = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS * MEMBERS
     length = decoded_length(starts, lengths, sequence)
-    low, end, begin = part_of(length, split, WINDOW, SINKS, LEAD, TILE, SPLITS)
+    low, end, begin = part_of(length, split, least, WINDOW, SINKS, LEAD, TILE, SPLITS)
     # Where there are only sinks, a single part has them.
     if (low >= end) & ((SPLITS > 1) | (length == 0)):
         return

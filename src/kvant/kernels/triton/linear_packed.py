@@ -42,22 +42,22 @@ def default(m: int, weight: SpanCodes, dtype: torch.dtype) -> Config:
         return EXPAND
     tokens = min(_tokens(m), 64)  # for 128 at a time, smaller cards have too little shared memory
     fold = int(tokens < (16 if weight.kind == "bias" else 64))
-    return _config(m, weight, 128, tokens, 256 if tokens <= 16 else 128, 4, 3, 1 if tokens == 64 else 3, fold)
+    return _config(m, weight, 128, tokens, 256 if tokens <= 32 else 128, 4, 3, {32: 2, 64: 1}.get(tokens, 3), fold)
 
 
 def candidates(m: int, weight: SpanCodes, dtype: torch.dtype) -> list[Config]:
     """What is worth a measurement."""
     found, tokens = [default(m, weight, dtype)], min(_tokens(m), 128)
-    if tokens <= 32:
-        tiles, loops, often = [(128, 2), (128, 4)], [(128, 3), (256, 3), (256, 4)], [2, 3, 5]
-    else:
-        tiles, loops, often = [(128, 4), (256, 8)], [(128, 2), (128, 3), (256, 2), (256, 3)], [1, 2]
-    folds = [0] if tokens >= 64 else [0, 1] if weight.kind == "bias" else [1]
+    tiles, loops, often = [(128, 2, 1), (128, 4, 1)], [(128, 3), (256, 3), (256, 4)], [2, 3, 5]
+    if tokens >= 64:
+        tiles, loops, often = [(128, 4, 0), (256, 8, 0), (128, 8, 1)], [(128, 3), (256, 2), (256, 3)], [1, 2]
+    elif weight.kind == "bias":  # to fold it takes another product
+        tiles.append((128, 4, 0))
     widths = [tokens] if tokens < 128 else [64, 128]
     found += [EXPAND] * (tokens == 128)
     found += [
         _config(m, weight, rows, width, depth, warps, stages, each, fold)
-        for width, (rows, warps), (depth, stages), each, fold in product(widths, tiles, loops, often, folds)
+        for width, (rows, warps, fold), (depth, stages), each in product(widths, tiles, loops, often)
     ]
     return [config for at, config in enumerate(found) if config not in found[:at]]
 
