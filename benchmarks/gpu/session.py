@@ -62,7 +62,7 @@ def main() -> None:
         _append(results, machine, args.run, "environment", "environment", {}, {"figures": machine.describe()})
     only, again = (tuple(filter(None, text.split(","))) for text in (args.only, args.again))
     cases = [case for case in all_cases(args.small) if case.stage in (only or STAGES)]
-    cases = [case for case in cases if re.search(args.match, case.name)][share::shares]
+    cases = [case for case in cases if not case.lasting or re.search(args.match, case.name)][share::shares]
     stage, left = "", left_to_do(cases, results, machine, args.run, again, args.changed)
     print(f"{len(left)} of {len(cases)} cases are to be measured on {machine.card}", flush=True)
     for case in left:

@@ -35,14 +35,18 @@ def prompt_sizes(max_tokens: int, max_num_seqs: int) -> dict[int, int]:
 
 
 def most_prompts(size: int, sequences: int) -> int:
-    """How many of the sequences of a recorded step may have more than one new token; there is room for a decode."""
-    return max(1, min(size // _TOKENS_A_PROMPT, sequences - 1))
+    """How many of the sequences of a recorded step may have more than one new token."""
+    return min(size // _TOKENS_A_PROMPT, sequences)
 
 
 def starts_of(size: int, sequences: int) -> tuple[int, ...]:
-    """Where sequences with `size` new tokens begin, and the last ends: as many prompts as may be, and decodes."""
-    prompts = most_prompts(size, sequences)
-    counts = [2] * (prompts - 1) + [1] * (sequences - prompts)
+    """Where sequences with `size` new tokens begin, and the last ends, for launches that serve any step of this size.
+
+    One has almost all of them, as many others two as may be prompts, and one, unless it is alone, a single token. So
+    there may be a prompt less than `most_prompts`: attention's launches serve one more than they were made for.
+    """
+    others = max(0, min(most_prompts(size, sequences), sequences - 1) - 1)
+    counts = [2] * others + [1, *[0] * (sequences - others - 2)] * (sequences > 1)
     return (0, *accumulate([size - sum(counts), *counts]))
 
 
@@ -139,7 +143,6 @@ class PromptGraphs:
         attention = AttentionBatch(
             positions=views.positions,
             slots=views.slots,
-            # As many prompts and decodes as may be: what the launches of any step of this size have in them.
             query_starts=starts_of(size, sequences),
             context_lens=(self._longest,) * sequences,
             block_tables=self._tables[:sequences],

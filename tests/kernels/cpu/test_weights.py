@@ -84,3 +84,20 @@ def test_inputs_that_are_to_be_rounded_change_nothing(native):
 def test_an_order_that_is_none_is_refused(native, order):
     with pytest.raises(CorruptModelError, match="does not name each of them once"):
         native(1).prepare(replace(made_up(4, 32, 32), order=torch.tensor(order)))
+
+
+@pytest.mark.parametrize("columns", [96, 200, 384])
+@pytest.mark.parametrize("group", [32, 64, 128, 8192])
+@pytest.mark.parametrize("rows", [30, 64])
+def test_tokens_together_have_the_products_that_each_has_alone(native, rows, columns, group):
+    """Tiles of any height, whose last rows are no whole block, with inputs of which some are far above the others."""
+    ops = native(1)
+    weight = made_up(4, columns, min(group, columns), rows)
+    weight.planes["scale"].data.mul_(torch.tensor([1.0, -1.0]).repeat(rows // 2)[:, None])
+    prepared, matrix = ops.prepare(weight), weight.dequantize(torch.float32).abs()
+    x = torch.randn(12, columns, generator=torch.Generator().manual_seed(columns))
+    x[3, 40] = 300
+    alone = torch.cat([ops.linear(row, prepared) for row in x.split(1)])
+    for tokens in range(2, 13):
+        error = (ops.linear(x[:tokens], prepared) - alone[:tokens]).abs()
+        assert (error <= 1e-5 * (x[:tokens].abs() @ matrix.T)).all()

@@ -102,6 +102,10 @@ WAYS = [
     (8, 40, 256, 16, 2, 16, 8, 4, 2),
     (8, 24, 192, 32, 17, 32, 16, 2, 1),
     (8, 17, 300, 300, 1, 16, 16, 4, 3),
+    (4, 20, 640, 128, 3, 32, 16, 4, 1),
+    (4, 20, 1280, 256, 3, 32, 16, 2, 2),
+    (8, 20, 320, 64, 3, 32, 16, 4, 1),
+    (8, 20, 640, 128, 3, 32, 16, 2, 2),
 ]
 
 
@@ -123,7 +127,7 @@ def test_products(bits, n, k, group, m, rows, tokens, step, split, fold, kind):
 def test_products_with_assembly(bits, kind, fold, dtype, monkeypatch):
     run_assembly(monkeypatch)
     monkeypatch.setattr(linear_packed, "interpreted", lambda: False)
-    weight, x = packed(bits, 20, 128, 32, kind), random(3, 3, 128, dtype=dtype)
+    weight, x = packed(bits, 20, 320, 32, kind), random(3, 3, 320, dtype=dtype)
     found = linear_packed.linear_packed(x, spans(weight), None, config(32, 16, 2, 1, fold))
     assert error(found, x.double() @ weight.dequantize(torch.float64).T) < TOLERANCE[dtype]
 

@@ -47,8 +47,11 @@ def attention_decode(
     keys, values = side_of(cache, "key"), side_of(cache, "value")
     _check_groups(shape.head_dim, keys, values)
     q = q if q.stride(2) == 1 and q.stride(1) == shape.head_dim else q.contiguous()
+    group = shape.num_heads // shape.num_kv_heads
+    members = min(triton.next_power_of_2(group), MOST_MEMBERS)
     sequences, splits = len(batch.context_lens), config.blocks["SPLITS"]
-    least = _least_tiles(sequences * shape.num_kv_heads)
+    grid = (sequences, shape.num_kv_heads * triton.cdiv(group, members), splits)
+    least = _least_tiles(grid[0] * grid[1])
     sums = tops = None
     if splits > 1:
         sums = torch.empty(sequences, shape.num_heads, splits, shape.head_dim, dtype=torch.float32, device=q.device)
@@ -68,9 +71,6 @@ def attention_decode(
     launch |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     launch |= {"maxnreg": config.blocks.get("REGISTERS", MOST_REGISTERS)}
     k_type, v_type = dot_types(q.dtype, keys, values)
-    group = shape.num_heads // shape.num_kv_heads
-    members = min(triton.next_power_of_2(group), MOST_MEMBERS)
-    grid = (sequences, shape.num_kv_heads * triton.cdiv(group, members), splits)
     tiles = _centre_tiles(cache, batch, shape, config, least)
     terms = _room_for_terms(keys, math.prod(grid) * tiles, members)
     attend_tiles[grid](
@@ -84,7 +84,7 @@ def attention_decode(
 
 
 def _least_tiles(programs: int) -> int:
-    """Of a part, where contexts in one piece have so many programs.
+    """Tiles that are worth a part of their own, where contexts in one piece have so many programs.
 
     Where these fill the card, short parts take it longer: to begin and end one is the work of some tiles.
     """
@@ -94,7 +94,7 @@ def _least_tiles(programs: int) -> int:
 def _centre_tiles(cache: KVLayer, batch: AttentionBatch, shape: AttentionShape, config: Config, least: int) -> int:
     """How many tiles of the keys' centre a part of a context, of at least so many tiles, reaches into at most."""
     tiles = triton.cdiv(_context(batch, shape) + cache.lead, config.blocks["TILE"]) + 1
-    part = max(triton.cdiv(tiles, config.blocks["SPLITS"]), least)
+    part = max(triton.cdiv(tiles, config.blocks["SPLITS"]), 2 * least - 1)
     return int(part * config.blocks["TILE"] // CENTRE_TILE + 2)
 
 

@@ -29,11 +29,12 @@ def part_of(
 ):  # fmt: skip
     """The slots [low, end) of a sequence that one split attends to, and the beginning of the tile that low lies in.
 
-    A part has at least so many tiles. Where low >= end there are none. Token t is in slot t + LEAD.
+    There are no more parts than have so many tiles. Where low >= end there are none. Token t is in slot t + LEAD.
     """
     oldest = LEAD + (tl.maximum(length - WINDOW, SINKS) if WINDOW > 0 else tl.minimum(length, SINKS))
     tile = oldest // TILE
-    share = tl.maximum(tl.cdiv(tl.cdiv(length + LEAD, TILE) - tile, SPLITS), least)
+    tiles = tl.cdiv(length + LEAD, TILE) - tile
+    share = tl.cdiv(tiles, tl.minimum(tl.maximum(tiles // least, 1), SPLITS))
     start = (tile + split * share) * TILE
     return tl.maximum(oldest, start), tl.minimum(length + LEAD, start + share * TILE), start
 

@@ -267,7 +267,7 @@ def attention_prefill(
     """Attention of the sequences that have at least `fewest` new tokens, as `Ops.attention`, into `out`, contiguous.
 
     Rows of other sequences come out as anything. What is launched serves all batches of as many tokens and sequences,
-    of which no more have `fewest`.
+    of which one more than here may have `fewest`, if that is more than one.
     """
     config = config or default(q, cache, batch, shape)
     keys, values = side_of(cache, "key"), side_of(cache, "value")
@@ -314,7 +314,7 @@ def attention_prefill(
     members = min(group, config.blocks["ROWS"])
     held = config.blocks["ROWS"] // members
     counts = [stop - start for start, stop in pairwise(batch.query_starts)]
-    # At most, however the tokens are distributed among so many that have tiles.
+    # However the tokens are distributed, each sequence but one adds at most one to the tiles of all in a row.
     tiles = triton.cdiv(tokens, held) + sum(count >= fewest for count in counts)
     sums = empty(torch.float32, *q.shape) if values.hadamard > 1 else out
     _attend_rows[(tiles, shape.num_kv_heads * triton.cdiv(group, members))](

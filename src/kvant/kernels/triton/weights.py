@@ -204,7 +204,7 @@ def _some_rows(q: Tensor, row_bytes: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _words(q: Tensor, bits: int, spans: int) -> Tensor:
-    """Bytes as `PackedWeight` has them, [rows, bytes] -> [rows, spans, 16] int16."""
+    """Bytes as `PackedWeight` has them, [rows, bytes] -> [rows, spans, 64] int16."""
     codes = q.int() if bits == 8 else torch.stack([q & 15, q >> 4], dim=-1).flatten(1).int()
     parts = codes.unflatten(1, (spans, 16 // bits, WORDS))
     shifts = torch.arange(0, 16, bits, dtype=torch.int32, device=q.device).unsqueeze(1)
