@@ -188,12 +188,11 @@ void quantized_tile(const Linear& linear, const Input& in, int token, Blocks blo
 
 #if defined(__AVX512VNNI__)
 // The dots of a group of M tokens, whose codes lie `padded` apart, with four row blocks of 4 bits, of which two are a
-// register and lie `apart`: use(p, dots) for each two.
-template <int M, class Use>
-inline void wide_group(const uint8_t* const (&codes)[2], int64_t apart, const QuantizedRow& row, int64_t padded,
-                       const Use& use) {
+// register and lie `apart`.
+template <int M>
+inline void wide_dots(const uint8_t* const (&codes)[2], int64_t apart, const QuantizedRow& row, int64_t padded,
+                      I16 (&dots)[M][2]) {
   const __m512i mask = _mm512_set1_epi8(15);
-  I16 dots[M][2];
   for (int m = 0; m < M; ++m) dots[m][0] = dots[m][1] = all<I16>(row.starts[m]);
   KVANT_UNROLL
   for (int s = 0; s < 4; ++s) {
@@ -207,7 +206,6 @@ inline void wide_group(const uint8_t* const (&codes)[2], int64_t apart, const Qu
       }
     }
   }
-  for (int p = 0; p < 2; ++p) use(p, dots);
 }
 
 // M tokens from `token` on times four row blocks of 4 bits, without biases and zero points, in groups of 32 columns and
@@ -228,11 +226,13 @@ void wide_tile(const Linear& linear, const Input& in, int token, Blocks blocks, 
   F16 acc[M][2] = {};
   for (int64_t g = 0; g < groups; ++g) {
     const QuantizedRow row = first.group(g);
-    wide_group<M>(codes, apart, row, in.padded, [&](int p, const I16 (&dots)[M][2]) {
+    I16 dots[M][2];
+    wide_dots(codes, apart, row, in.padded, dots);
+    for (int p = 0; p < 2; ++p) {
       const uint16_t* from = scales[p] + (g >> shift) * kRowBlock;
       const F16 scale = of_halves(load_half(from), load_half(from + scales_apart));
       for (int m = 0; m < M; ++m) acc[m][p] += to_float(dots[m][p]) * (scale * all<F16>(row.scales[m]));
-    });
+    }
     for (const uint8_t*& from : codes) {
       for (int64_t i : {int64_t{0}, apart})  // the streams' next blocks
         for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + i + groups * kBytes + line);
@@ -275,6 +275,16 @@ void dense_tile(const Linear& linear, const Input& in, int token, Blocks blocks,
 
 using Tile = void (*)(const Linear&, const Input&, int token, Blocks blocks, const Output& out);
 
+// Of 4-bit codes in groups of 32 columns and more, without biases and zero points.
+template <int M, int NB>
+Tile plain_tile() {
+#if defined(__AVX512VNNI__)
+  if constexpr (NB == 4 && M > 1) return wide_tile<M>;
+  else
+#endif
+    return quantized_tile<M, NB, 4, false, 1>;
+}
+
 template <int M, int NB>
 Tile tile_of(const Weight& w) {
   const bool halves = w.group < kGroup, biased = w.biases || w.zeros;
@@ -283,12 +293,8 @@ Tile tile_of(const Weight& w) {
     case kWeightF16: return dense_tile<M, NB, kWeightF16>;
     case kWeightBF16: return dense_tile<M, NB, kWeightBF16>;
     case kWeightU4:
-#if defined(__AVX512VNNI__)
-      if constexpr (NB == 4 && M > 1)
-        if (!halves && !biased) return wide_tile<M>;
-#endif
       if (halves) return biased ? quantized_tile<M, NB, 4, true, 2> : quantized_tile<M, NB, 4, false, 2>;
-      return biased ? quantized_tile<M, NB, 4, true, 1> : quantized_tile<M, NB, 4, false, 1>;
+      return biased ? quantized_tile<M, NB, 4, true, 1> : plain_tile<M, NB>();
     default:
       if (halves) return biased ? quantized_tile<M, NB, 8, true, 2> : quantized_tile<M, NB, 8, false, 2>;
       return biased ? quantized_tile<M, NB, 8, true, 1> : quantized_tile<M, NB, 8, false, 1>;
