@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 2;     // rows of simple ops in one unit
 constexpr int64_t kLanes = 8;          // behind a quantized row's numbers so many are read and not used
+constexpr int64_t kLine = 16;          // numbers; groups an odd number of lines apart fall into all sets of a cache
 constexpr int64_t kTokenBlock = 256;   // tokens whose inputs stay in the cache while weights pass by
 constexpr int64_t kPartFloats = 1 << 17;  // 512 KB of gates, which a second cache has room for
 constexpr int kSplitsAtOnce = 2;       // of a context, in one unit of work for several threads
@@ -65,12 +66,13 @@ void Step::rows(int64_t count, Body body) {
 Input Step::room(const Weight& weight, const float* x, int64_t tokens) {
   if (weight.kind <= kWeightBF16) return {x, {}, weight.columns, {}, nullptr};
   const int padded = static_cast<int>(ceil_div(weight.columns, kGroup)) * kGroup;
-  const int64_t groups = tokens * padded / kGroup;
+  const int64_t stride = tokens < kLine ? tokens : (ceil_div(tokens, kLine) | 1) * kLine;
+  const int64_t groups = stride * padded / kGroup;
   Arena& arena = turn_.arena();
   Input in = {x,
               {arena.take<int8_t>(tokens * padded + kGroup), arena.take<float>(groups + kLanes),
                arena.take<float>(groups), arena.take<int32_t>(groups), arena.take<int32_t>(2 * groups + kLanes),
-               tokens},
+               stride},
               padded,
               {},
               nullptr};
