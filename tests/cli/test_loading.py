@@ -1,12 +1,14 @@
-"""What the collector does while a model is loaded."""
+"""What is left out while a model is loaded: the collector, and of PyTorch what only compilers need."""
 
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
-from kvant.cli.loading import nothing_collected
+from kvant.cli.loading import meta_kernels_left_out, nothing_collected
 
 
 def test_the_collector_rests_and_takes_what_was_made_for_old():
@@ -23,3 +25,34 @@ def test_the_collector_works_again_after_an_error():
     with pytest.raises(KeyError), nothing_collected():
         raise KeyError
     assert gc.isenabled()
+
+
+LEFT_OUT = """
+import sys
+from kvant.cli import loading
+loading._KNOWN_TO_START_WITHOUT = {known!r}
+with loading.meta_kernels_left_out():
+    import torch
+assert ("torch._decomp" in sys.modules) == ({known!r} == ())
+assert torch.nn.functional.softmax(torch.ones(2, 4) @ torch.ones(4, 3), -1).sum() == 2
+import torch._meta_registrations
+assert torch._meta_registrations.meta_index_Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+graph = make_fx(lambda x, w: torch.nn.functional.gelu(x @ w)[torch.tensor([0, 1])], tracing_mode="fake")
+assert "gelu" in graph(torch.ones(2, 4), torch.ones(4, 3)).code
+"""
+
+
+@pytest.mark.parametrize("known", [("",), ()], ids=["known", "unknown"])
+def test_what_only_compilers_need_is_imported_when_it_is_asked_for(known):
+    ended = subprocess.run([sys.executable, "-c", LEFT_OUT.format(known=known)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_pytorch_is_left_alone_where_it_is_there():
+    import torch
+
+    there = torch._meta_registrations
+    with meta_kernels_left_out():
+        assert sys.modules["torch._meta_registrations"] is there
+    assert torch._meta_registrations is there

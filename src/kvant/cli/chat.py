@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvant.cli.flags import ModelArgument, engine_flags, option, sampling_flags
-from kvant.cli.loading import nothing_collected
+from kvant.cli.loading import meta_kernels_left_out, nothing_collected
 from kvant.config import EngineConfig
 from kvant.errors import RequestError
 
@@ -70,7 +70,8 @@ def _messages(system: str | None, query: str) -> list[dict[str, str]]:
 def _loaded(model: str | None, engine: EngineConfig) -> Pipeline:
     from rich.console import Console
 
-    with nothing_collected(), Console(stderr=True).status("loading the model and its engine"):
+    status = Console(stderr=True).status("loading the model and its engine")
+    with nothing_collected(), meta_kernels_left_out(), status:
         from kvant.pipelines import pipeline
 
         return pipeline(model, engine=engine)
