@@ -41,6 +41,11 @@ def left_to_do(
     return [c for c in untried if c.stage in useful and (not c.lasting or c.name not in done or c.stage in again)]
 
 
+def matching(cases: Sequence[Case], match: str) -> list[Case]:
+    """Those with this in their names, and what prepares others; `left_to_do` leaves it where it has none to prepare."""
+    return [case for case in cases if not case.lasting or re.search(match, case.name)]
+
+
 def main() -> None:
     """Measure; the first line says on what."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,7 +67,7 @@ def main() -> None:
         _append(results, machine, args.run, "environment", "environment", {}, {"figures": machine.describe()})
     only, again = (tuple(filter(None, text.split(","))) for text in (args.only, args.again))
     cases = [case for case in all_cases(args.small) if case.stage in (only or STAGES)]
-    cases = [case for case in cases if not case.lasting or re.search(args.match, case.name)][share::shares]
+    cases = matching(cases, args.match)[share::shares]
     stage, left = "", left_to_do(cases, results, machine, args.run, again, args.changed)
     print(f"{len(left)} of {len(cases)} cases are to be measured on {machine.card}", flush=True)
     for case in left:

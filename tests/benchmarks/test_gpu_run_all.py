@@ -259,6 +259,13 @@ def test_tuning_takes_the_fastest_that_is_right(tmp_path, monkeypatch):
     assert tune.tuned(lambda _: work, here) == {"kernels": []}  # known by now
 
 
+def test_what_is_chosen_by_name_is_compiled_first_all_the_same():
+    compiling, *chosen = session.matching(tune.cases(small=False), "w4/256$")
+    assert compiling.name == "tuning/compile"
+    assert chosen
+    assert all(case.name.endswith("w4/256") for case in chosen)
+
+
 def test_workers_that_compile_share_the_candidates(monkeypatch):
     module = fake_kernel()
     work = tune.Workload([lambda: module.run(torch.ones(3))], 1)

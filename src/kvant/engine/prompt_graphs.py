@@ -45,8 +45,9 @@ def starts_of(size: int, sequences: int) -> tuple[int, ...]:
     One has almost all of them, as many others two as may be prompts, and one, unless it is alone, a single token. So
     there may be a prompt less than `most_prompts`: attention's launches serve one more than they were made for.
     """
-    others = max(0, min(most_prompts(size, sequences), sequences - 1) - 1)
-    counts = [2] * others + [1, *[0] * (sequences - others - 2)] * (sequences > 1)
+    prompts = max(1, min(most_prompts(size, sequences), sequences - 1))
+    counts = [2] * (prompts - 1) + [1] * (prompts < sequences)
+    counts += [0] * (sequences - 1 - len(counts))
     return (0, *accumulate([size - sum(counts), *counts]))
 
 

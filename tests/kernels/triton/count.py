@@ -2,9 +2,9 @@
 
     python -m tests.kernels.triton.count CAPABILITY [FORMAT/MODEL/HEAD_DIM ...]
 
-For each a line: instructions of a thread in the loop over a part of a context, and how many of all threads that is for
-each byte of the cache that a tile reads. Those called slow have half the multiprocessor's lanes. As with `compile`,
-TRITON_INTERPRET must not be set.
+For each a line: instructions of a thread in the loop over a part of a context and outside of it, and how many of all
+threads the loop's are for each byte of the cache that a tile reads. Those called slow have half the multiprocessor's
+lanes. As with `compile`, TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SHAPES = [f"{name}/{model}/{dim}" for dim in (128, 64) for model in HEADS for na
 SLOW = re.compile(r"LOP3|SHF|PRMT|IADD|ISETP|IMNMX|LEA|SEL|VIADD|IABS|I2F|F2F|MUFU|SHFL")
 
 
-def loops(assembly: str) -> list[list[str]]:
-    """The instructions of each loop, the longest loop first."""
+def loops(assembly: str) -> tuple[list[list[str]], int]:
+    """The instructions of each loop, the longest loop first, and how many there are in all."""
     found, code, labels = [], [], {}
     for line in assembly.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -45,7 +45,7 @@ def loops(assembly: str) -> list[list[str]]:
         to = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)
         if to and labels.get(to[1], at + 1) <= at:
             found.append(code[labels[to[1]] : at + 1])
-    return sorted(found, key=len, reverse=True)
+    return sorted(found, key=len, reverse=True), len(code)
 
 
 def disassembled(cubin: bytes) -> str:
@@ -100,14 +100,15 @@ def main() -> None:
 
 def counted(kernel: Any, read: int) -> str:
     """What there is to say of a kernel whose longest loop reads so many bytes."""
-    body = loops(disassembled(kernel.asm["cubin"]))[0]
+    (body, *_), everything = loops(disassembled(kernel.asm["cubin"]))
     count = Counter(operation(one) for one in body)
     slow = sum(number for it, number in count.items() if SLOW.match(it))
     registers, stack = resources(kernel.asm["cubin"])
     lanes = kernel.metadata.num_warps * 32 / read
     return (
-        f"{len(body)} instructions, {len(body) * lanes:.2f} a byte, {slow * lanes:.2f} of them slow; {registers} "
-        f"registers, {stack} stack, {kernel.metadata.shared} shared, {kernel.metadata.num_warps} warps; "
+        f"{len(body)} instructions and {everything - len(body)} outside, {len(body) * lanes:.2f} a byte, "
+        f"{slow * lanes:.2f} of them slow; {registers} registers, {stack} stack, "
+        f"{kernel.metadata.shared} shared, {kernel.metadata.num_warps} warps; "
         + " ".join(f"{it} {number}" for it, number in count.most_common(20))
     )
 

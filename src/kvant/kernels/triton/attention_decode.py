@@ -86,7 +86,7 @@ def attention_decode(
 def _least_tiles(programs: int) -> int:
     """Tiles that are worth a part of their own, where contexts in one piece have so many programs.
 
-    Where these fill the card, short parts take it longer: to begin and end one is the work of some tiles.
+    Where these fill the card, short parts take it longer: to begin, end and merge one is the work of two tiles.
     """
     return _WORTH_A_PART if programs >= 8 * MULTIPROCESSORS else 1
 
