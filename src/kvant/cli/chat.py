@@ -70,8 +70,8 @@ def _messages(system: str | None, query: str) -> list[dict[str, str]]:
 def _loaded(model: str | None, engine: EngineConfig) -> Pipeline:
     from rich.console import Console
 
-    status = Console(stderr=True).status("loading the model and its engine")
-    with nothing_collected(), meta_kernels_left_out(), status:
-        from kvant.pipelines import pipeline
+    with nothing_collected(), Console(stderr=True).status("loading the model and its engine"):
+        with meta_kernels_left_out():
+            from kvant.pipelines import pipeline
 
         return pipeline(model, engine=engine)
