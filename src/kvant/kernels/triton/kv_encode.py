@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kvant.formats.kv_stats import CENTRE_TILE
 from kvant.kernels.triton.kv_layout import Side, basis
@@ -19,10 +20,14 @@ _TILE = tl.constexpr(CENTRE_TILE)
 
 
 class Stored(NamedTuple):
-    """A `Side` as an argument of kernels: None for what a layer does not have, `constexpr` for what is compiled in."""
+    """A `Side` as an argument of kernels: None for what a layer does not have, `constexpr` for what is compiled in.
+
+    `waiting` [T, KV_HEADS, WIDTH] float32 has room for a step's vectors that `kv_feedback` is to round.
+    """
 
     codes: Any
     meta: Any
+    waiting: Any
     code_stride: int
     meta_stride: int
     coefficients: Any
@@ -34,17 +39,19 @@ class Stored(NamedTuple):
     kind: Any
     steps: Any
     groups: Any
+    words: Any
     levels: Any
     order: Any
     turning: Any
 
 
-def stored(side: Side) -> Stored:
-    """The argument for a side; 2^levels is the size of its Hadamard blocks."""
+def stored(side: Side, waiting: Tensor | None = None) -> Stored:
+    """The argument for a side: `words` of `meta` for a vector, Hadamard blocks of size 2^levels."""
     stats, centre = side.stats, side.stats.centre
     return Stored(
         side.codes,
         side.meta,
+        waiting,
         side.code_stride,
         side.meta_stride,
         None if centre is None else centre.coefficients,
@@ -59,6 +66,7 @@ def stored(side: Side) -> Stored:
                 side.kind,
                 side.steps,
                 side.groups,
+                0 if side.meta is None else side.meta.shape[-1],
                 side.hadamard.bit_length() - 1,
                 side.order,
                 side.turning,
@@ -68,10 +76,10 @@ def stored(side: Side) -> Stored:
 
 
 @triton.jit
-def shaped(x, at, positions, head, side, WIDTH: tl.constexpr):
+def shape(x, at, positions, head, side, WIDTH: tl.constexpr):
     """What a `ShapedCodec` hands to the codec within; vectors that are not shaped stay as they are."""
     if side.levels > 0:
-        x = _bounded(x, -1e30, 1e30)
+        x = bounded(x, -1e30, 1e30)
     if side.coefficients is not None:
         x -= _centre(at, positions, head, side, WIDTH)
     if side.balance is not None:
@@ -119,15 +127,15 @@ def store_vectors(x, at, head, kept, codes, meta, side, WIDTH: tl.constexpr):
     if side.steps == "none":
         inside = kept[:, None] & (at < WIDTH)[None, :]
         if codes.dtype.element_ty == tl.float16:
-            x = _bounded(x, -65504.0, 65504.0)
+            x = bounded(x, -65504.0, 65504.0)
         elif codes.dtype.element_ty == tl.bfloat16:
-            x = _bounded(x, -3.3895313892515355e38, 3.3895313892515355e38)
+            x = bounded(x, -3.3895313892515355e38, 3.3895313892515355e38)
         tl.store(codes[:, None] + at[None, :], x.to(codes.dtype.element_ty), inside)
     else:
         if side.steps == "affine":
             code = _affine(x, at, kept, meta, side, WIDTH)
         elif side.steps == "words":
-            code = _grouped(x, at, head, kept, meta, side, WIDTH)
+            code = _grouped(x, at, kept, meta, side, WIDTH)
         elif side.steps == "scale":
             code = _symmetric(x, kept, meta)
         else:
@@ -138,7 +146,7 @@ def store_vectors(x, at, head, kept, codes, meta, side, WIDTH: tl.constexpr):
 @triton.jit
 def store_sinks(x, at, kept, codes, WIDTH: tl.constexpr):
     """The float16 bytes of x, over the codes of consecutive slots; `codes` [tokens] point to the first."""
-    half = _bounded(x, -65504.0, 65504.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    half = bounded(x, -65504.0, 65504.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     inside = kept[:, None] & (at < WIDTH)[None, :]
     tl.store(codes[:, None] + 2 * at[None, :], (half & 255).to(tl.uint8), inside)
     tl.store(codes[:, None] + 2 * at[None, :] + 1, ((half >> 8) & 255).to(tl.uint8), inside)
@@ -166,18 +174,25 @@ def _affine(x, at, kept, meta, side, WIDTH: tl.constexpr):
     levels: tl.constexpr = 15.0 if side.kind == "u4" else 255.0
     low = tl.min(tl.where(at[None, :] < WIDTH, x, float("inf")), axis=1)
     high = tl.max(tl.where(at[None, :] < WIDTH, x, float("-inf")), axis=1)
-    zero = _bounded(low, -65504.0, 65504.0).to(tl.float16)
-    scale = _bounded((high - zero.to(tl.float32)) / levels, 0.0, 65504.0).to(tl.float16)
+    zero = bounded(low, -65504.0, 65504.0).to(tl.float16)
+    scale = bounded((high - zero.to(tl.float32)) / levels, 0.0, 65504.0).to(tl.float16)
     tl.store(meta, scale.to(tl.int16, bitcast=True), kept)
     tl.store(meta + 1, zero.to(tl.int16, bitcast=True), kept)
     step = scale.to(tl.float32)[:, None]
     aims = (x - zero.to(tl.float32)[:, None]) / tl.where(step > 0, step, 1.0)
-    return rint(_bounded(tl.where(step > 0, aims, 0.0), 0.0, levels))
+    return rint(bounded(tl.where(step > 0, aims, 0.0), 0.0, levels))
 
 
 @triton.jit
-def _grouped(x, at, head, kept, meta, side, WIDTH: tl.constexpr):
-    """`GroupedCodec`: codes, whose words are stored."""
+def _grouped(x, at, kept, meta, side, WIDTH: tl.constexpr):
+    """`GroupedCodec` without feedback: codes, whose words are stored."""
+    scales, shifts = store_words(x, at, kept, meta, side, WIDTH)
+    return rint(bounded(x / tl.where(scales > 0, scales, 1.0) + shifts, 0.0, 15.0))
+
+
+@triton.jit
+def store_words(x, at, kept, meta, side, WIDTH: tl.constexpr):
+    """Store `GroupedCodec`'s words; each element's scale and shift, x.shape: x / scale + shift is to be rounded."""
     size: tl.constexpr = WIDTH // side.groups
     scales, shifts = tl.zeros_like(x), tl.zeros_like(x)
     for group in tl.static_range(side.groups):
@@ -189,60 +204,11 @@ def _grouped(x, at, head, kept, meta, side, WIDTH: tl.constexpr):
         half = tl.minimum(step, 63488.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
         bits = (half + 31) >> 5
         scale = (bits << 5).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        eighths = rint(_bounded((-low / tl.where(scale > 0, scale, 1.0) - 7.5) * 8, -32.0, 31.0))
+        eighths = rint(bounded((-low / tl.where(scale > 0, scale, 1.0) - 7.5) * 8, -32.0, 31.0))
         tl.store(meta + group, (bits * 64 + eighths.to(tl.int32) + 32).to(tl.int16), kept)
         scales = tl.where(member, scale[:, None], scales)
         shifts = tl.where(member, 7.5 + eighths[:, None] / 8, shifts)
-    steps = tl.where(scales > 0, scales, 1.0)
-    aims = x / steps + shifts
-    if side.feedback is not None:
-        aims = _fed_back(aims, at, head, scales, steps, side, WIDTH)
-    return rint(_bounded(aims, 0.0, 15.0))
-
-
-@triton.jit
-def _fed_back(aims, at, head, scales, steps, side, WIDTH: tl.constexpr):
-    """What is rounded to codes, each element's after those before it have passed their errors on.
-
-    Four elements are taken out of the vector at once: that takes longer than rounding them. What an element receives is
-    an error in steps of the group that it comes from; rows of the feedback are zero up to the diagonal.
-    """
-    size: tl.constexpr = WIDTH // side.groups
-    tl.static_assert(size % 4 == 0, "feedback needs groups of a multiple of 4 elements")
-    for group in tl.static_range(side.groups):
-        ratios = _element(scales, at, group * size)[:, None] / steps
-        for i in range(group * size, (group + 1) * size, 4):
-            row = side.feedback + (head * WIDTH + i) * WIDTH
-            a, b, c, d = (
-                _element(aims, at, i),
-                _element(aims, at, i + 1),
-                _element(aims, at, i + 2),
-                _element(aims, at, i + 3),
-            )
-            a, b = _two_errors(a, b, row + i)
-            c -= a * tl.load(row + i + 2) + b * tl.load(row + WIDTH + i + 2)
-            d -= a * tl.load(row + i + 3) + b * tl.load(row + WIDTH + i + 3)
-            c, d = _two_errors(c, d, row + 2 * WIDTH + i + 2)
-            passed = a[:, None] * tl.load(row + at, at < WIDTH, other=0.0)[None, :]
-            passed += b[:, None] * tl.load(row + WIDTH + at, at < WIDTH, other=0.0)[None, :]
-            passed += c[:, None] * tl.load(row + 2 * WIDTH + at, at < WIDTH, other=0.0)[None, :]
-            passed += d[:, None] * tl.load(row + 3 * WIDTH + at, at < WIDTH, other=0.0)[None, :]
-            aims -= passed * ratios
-    return aims
-
-
-@triton.jit
-def _two_errors(first, second, weight):
-    """The errors of two neighbours in steps, the second's after the first's was passed on to it."""
-    error = first - rint(_bounded(first, 0.0, 15.0))
-    second -= error * tl.load(weight + 1)
-    return error, second - rint(_bounded(second, 0.0, 15.0))
-
-
-@triton.jit
-def _element(x, at, i):
-    """Column i of x."""
-    return tl.sum(tl.where(at[None, :] == i, x, 0.0), axis=1)
+    return scales, shifts
 
 
 @triton.jit
@@ -252,20 +218,21 @@ def _symmetric(x, kept, meta):
     tl.store(meta, scale.to(tl.int16, bitcast=True), kept)
     step = scale.to(tl.float32)[:, None]
     aims = tl.where(step > 0, x / tl.where(step > 0, step, 1.0), 0.0)
-    return rint(_bounded(aims, -127.0, 127.0))
+    return rint(bounded(aims, -127.0, 127.0))
 
 
 @triton.jit
 def _static(aims, side):
     """`StaticCodec`: the bytes of x / scale."""
     if side.kind == "e4m3":
-        return float8(_bounded(aims, -448.0, 448.0), 3, 7)
+        return float8(bounded(aims, -448.0, 448.0), 3, 7)
     elif side.kind == "e5m2":
-        return float8(_bounded(aims, -57344.0, 57344.0), 2, 15)
+        return float8(bounded(aims, -57344.0, 57344.0), 2, 15)
     else:
-        return rint(_bounded(aims, -127.0, 127.0))
+        return rint(bounded(aims, -127.0, 127.0))
 
 
 @triton.jit
-def _bounded(x, lowest, highest):
+def bounded(x, lowest, highest):
+    """Elements below and above these become these."""
     return tl.minimum(tl.maximum(x, lowest), highest)

@@ -1,4 +1,4 @@
-"""RoPE, and the keys and values of a step's tokens written to the cache: one launch.
+"""RoPE, and the keys and values of a step's tokens written to the cache: a launch, and one more where feedback is.
 
 A program has one head of a few tokens: a query head to rotate, or a key or a value head to store.
 """
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kvant.formats.kv import SINK_SPAN, KVLayer
 from kvant.kernels.ops import AttentionBatch
-from kvant.kernels.triton.kv_encode import shaped, store_sinks, store_vectors, stored
-from kvant.kernels.triton.kv_layout import side_of
+from kvant.kernels.triton.kv_encode import shape, store_sinks, store_vectors, store_words, stored
+from kvant.kernels.triton.kv_feedback import round_with_feedback
+from kvant.kernels.triton.kv_layout import Side, side_of
 from kvant.kernels.triton.launch import Config, interpreted
 from kvant.kernels.triton.rounding import finite
 
@@ -42,11 +43,12 @@ def rope_write_kv(
         return out
     config = config or default(tokens, width, cache)
     programs = 2 * k.shape[1] + (heads if rotary is not None else 0)
+    sides = [side_of(cache, name) for name in ("key", "value")]
+    waiting = [_room(tokens, side) for side in sides]
     _write[(triton.cdiv(tokens, config.blocks["TOKENS"]), programs)](
         *(_Vectors(x, *x.stride()[:2]) for x in (q, k, v, out)),
         None if rotary is None else _Rotary(*rotary, rotary[0].stride(0), tl.constexpr(rotary[0].shape[1])),
-        stored(side_of(cache, "key")),
-        stored(side_of(cache, "value")),
+        *map(stored, sides, waiting),
         batch.slots,
         batch.positions,
         batch.not_finite,
@@ -59,7 +61,18 @@ def rope_write_kv(
         SINKS=cache.format.sinks,
         **config.options,
     )
+    for side, vectors in zip(sides, waiting, strict=True):
+        if vectors is not None:
+            round_with_feedback(vectors, side, cache, batch)
     return out
+
+
+def _room(tokens: int, side: Side) -> Tensor | None:
+    """Where vectors wait to be rounded with feedback, if there is any."""
+    if side.stats.feedback is None:
+        return None
+    heads, width, _ = side.stats.feedback.shape
+    return torch.empty(tokens, heads, width, dtype=torch.float32, device=side.codes.device)
 
 
 def key(tokens: int, width: int, cache: KVLayer) -> str:
@@ -135,12 +148,12 @@ def _write(
         if program < KV_HEADS:
             x = _rotated(k, token, program, at, live, rotary, WIDTH)
             _mark(x, token, live, not_finite)
-            _put(x.to(tl.float32), at, live, position, block, row, program, keys, WIDTH, LEAD, SINKS)
+            _put(x.to(tl.float32), at, token, live, position, block, row, program, keys, KV_HEADS, WIDTH, LEAD, SINKS)
         else:
             head = program - KV_HEADS
             x = _rotated(v, token, head, at, live, None, WIDTH)
             _mark(x, token, live, not_finite)
-            _put(x.to(tl.float32), at, live, position, block, row, head, values, WIDTH, LEAD, SINKS)
+            _put(x.to(tl.float32), at, token, live, position, block, row, head, values, KV_HEADS, WIDTH, LEAD, SINKS)
 
 
 @triton.jit
@@ -168,17 +181,24 @@ def _mark(x, token, live, not_finite):
 
 
 @triton.jit
-def _put(x, at, live, position, block, row, head, side, WIDTH: tl.constexpr, LEAD: tl.constexpr, SINKS: tl.constexpr):
+def _put(
+    x, at, token, live, position, block, row, head, side, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    LEAD: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
     """Store the tokens' vectors of one KV head on one side of the cache, at a row of a block each."""
     taken: tl.constexpr = WIDTH // 2 if side.kind == "u4" else WIDTH
     codes, meta = side.codes + block * side.code_stride, side.meta
     if meta is not None:
-        words: tl.constexpr = side.groups if side.steps == "words" else (2 if side.steps == "affine" else 1)
-        meta += block * side.meta_stride + row * words
+        meta += block * side.meta_stride + row * side.words
     if SINKS > 0:
         # All sinks lie in a sequence's first block: sink m takes the codes of SINK_SPAN slots, from SINK_SPAN m on.
         sink = position < SINKS
         store_sinks(x, at, live & sink, codes + (row - position - LEAD + _SPAN * position) * taken, WIDTH)
         live &= ~sink
-    x = shaped(x, at, position, head, side, WIDTH)
-    store_vectors(x, at, head, live, codes + row * taken, meta, side, WIDTH)
+    x = shape(x, at, position, head, side, WIDTH)
+    if side.waiting is not None:
+        store_words(x, at, live, meta, side, WIDTH)
+        vectors = side.waiting + (token * KV_HEADS + head) * WIDTH
+        tl.store(vectors[:, None] + at[None, :], x, live[:, None] & (at < WIDTH)[None, :])
+    else:
+        store_vectors(x, at, head, live, codes + row * taken, meta, side, WIDTH)
