@@ -1,14 +1,17 @@
-"""What is left out while a model is loaded: the collector, and of PyTorch what only compilers need."""
+"""What is done and left out while a model is loaded: the collector, what only compilers need, memory beforehand."""
 
 from __future__ import annotations
 
 import gc
+import mmap
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from kvant.cli.loading import meta_kernels_left_out, nothing_collected
+from kvant.cli.loading import memory_fetched, meta_kernels_left_out, nothing_collected
 
 
 def test_the_collector_rests_and_takes_what_was_made_for_old():
@@ -56,3 +59,53 @@ def test_pytorch_is_left_alone_where_it_is_there():
     with meta_kernels_left_out():
         assert sys.modules["torch._meta_registrations"] is there
     assert torch._meta_registrations is there
+
+
+FETCHED = """
+import resource, threading, time
+from kvant.cli.loading import memory_fetched
+SIZE = 200 << 20
+if {limited}:
+    resource.setrlimit(resource.RLIMIT_AS, (SIZE, SIZE))
+def held():
+    with open("/proc/self/statm") as pages:
+        return int(pages.read().split()[1]) * resource.getpagesize()
+before = held()
+def grown():
+    return held() - before > SIZE / 2
+with memory_fetched(SIZE):
+    end = time.monotonic() + (1 if {limited} else 60)
+    while not grown() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert grown() != {limited}
+assert not grown()
+assert threading.active_count() == 1
+"""
+
+two_cores = pytest.mark.skipif(
+    not hasattr(mmap, "MADV_HUGEPAGE") or len(os.sched_getaffinity(0)) == 1, reason="needs Linux and two cores"
+)
+
+
+@two_cores
+@pytest.mark.parametrize("limited", [False, True], ids=["there is memory", "the system refuses"])
+def test_memory_is_fetched_meanwhile_and_given_back(limited):
+    ended = subprocess.run([sys.executable, "-c", FETCHED.format(limited=limited)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert not ended.stderr
+
+
+@two_cores
+def test_no_more_memory_is_fetched_once_nobody_waits_for_it():
+    before = threading.active_count()
+    with memory_fetched(1 << 40):
+        pass
+    with pytest.raises(KeyError), memory_fetched(1 << 40):
+        raise KeyError
+    assert threading.active_count() == before
+
+
+def test_nothing_is_fetched_for_a_directory():
+    before = threading.active_count()
+    with memory_fetched(0):
+        assert threading.active_count() == before

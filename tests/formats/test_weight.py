@@ -11,7 +11,7 @@ from hypothesis import given
 from torch import Tensor
 
 from kvant.errors import CorruptModelError
-from kvant.formats.weight import InputCodes, PackedWeight, pair
+from kvant.formats.weight import BLOCK, BLOCK_BITS, InputCodes, PackedWeight, pair
 
 WIDTH = 8  # every group below divides it
 
@@ -187,6 +187,48 @@ def test_a_dense_weight_is_its_matrix():
     assert weight.dequantize(torch.bfloat16) is data
     assert torch.equal(weight.dequantize(torch.float32), data.float())
     assert (weight.format, weight.bits, weight.group_size, weight.nbytes) == ("dense", 16, 1, 30)
+
+
+def in_blocks(kind: str, outputs: int, groups: int, seed: int) -> PackedWeight:
+    """Blocks of random codes, their scales and biases about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (outputs, groups, BLOCK * BLOCK_BITS[kind] // 8), generator=generator).byte()
+    numbers = torch.randn(outputs, groups, 2 if kind == "q4_1" else 1, generator=generator).half().view(torch.uint8)
+    return PackedWeight.in_blocks(kind, torch.cat([numbers, codes], dim=2))
+
+
+@pytest.mark.parametrize("kind", BLOCK_BITS)
+@given(outputs=SIZES, groups=SIZES, seed=st.integers(0, 99), data=st.data())
+def test_blocks_are_sliced_and_fused_as_their_planes_are(kind, outputs, groups, seed, data):
+    weight = in_blocks(kind, outputs, groups, seed)
+    whole = matrix(weight.planar())
+    assert torch.equal(weight.dequantize(torch.float32), whole)
+    assert (weight.bits, weight.group_size, weight.nbytes) == (BLOCK_BITS[kind], BLOCK, weight.planar().nbytes)
+    assert torch.equal(weight.codes, weight.planar().codes)
+    start, stop = sorted((data.draw(st.integers(0, groups)), data.draw(st.integers(0, groups))))
+    part = weight.columns(start * BLOCK, stop * BLOCK)
+    assert torch.equal(part.dequantize(torch.float32), whole[:, start * BLOCK : stop * BLOCK])
+    order = torch.tensor(data.draw(st.permutations(range(outputs))))
+    assert torch.equal(weight.rows(order).dequantize(torch.float32), whole[order])
+    again = PackedWeight.concat([weight, weight.rows(order)])
+    assert again.format == kind
+    assert torch.equal(again.dequantize(torch.float32), torch.cat([whole, whole[order]]))
+
+
+@pytest.mark.parametrize("kind", BLOCK_BITS)
+@pytest.mark.parametrize("other", [*BLOCK_BITS, "int4/8", "int8/2+bias", "dense"])
+def test_blocks_beside_other_formats_keep_their_values(kind, other):
+    weight = in_blocks(kind, 3, 2, seed=0)
+    beside = in_blocks(other, 2, 2, seed=1) if other in BLOCK_BITS else make(other, 2, 2 * BLOCK, seed=1)
+    expected = torch.cat([matrix(weight.planar()), matrix(beside.planar())])
+    assert torch.equal(PackedWeight.concat([weight, beside]).dequantize(torch.float32), expected)
+
+
+@pytest.mark.parametrize("kind", BLOCK_BITS)
+def test_blocks_are_scaled_and_regrouped_by_their_planes(kind):
+    weight, factors = in_blocks(kind, 3, 2, seed=0), torch.tensor([0.5, 2.0, -1.0])
+    assert torch.equal(matrix(weight.times(factors)), matrix(weight.planar()) * factors.unsqueeze(1))
+    assert torch.equal(matrix(weight.regrouped(16)), matrix(weight.planar()))
 
 
 @pytest.mark.parametrize(("bits", "biased", "nbytes"), [(4, False, 8 + 8), (8, False, 16 + 8), (4, True, 8 + 16)])

@@ -51,7 +51,9 @@ def test_packed_blocks_mean_what_the_file_means(kind, rows, blocks, size, seed):
     data, columns = random_blocks(kind, rows, blocks, size, seed), blocks * gguf.GGML_QUANT_SIZES[kind][0]
     packed = pack_ggml(data, kind, (rows, columns))
     assert packed is not None
-    assert (packed.format, packed.group_size, "bias" in packed.planes) == FORMATS[kind]
+    planar = packed.planar()
+    assert (planar.format, planar.group_size, "bias" in planar.planes) == FORMATS[kind]
+    assert torch.equal(planar.dequantize(torch.float32), packed.dequantize(torch.float32))
     assert (packed.out_features, packed.in_features) == (rows, columns)
     assert packed.nbytes * 8 == packed_bits(kind) * rows * columns
     found, expected = packed.dequantize(torch.float32), torch.from_numpy(dequantize(data, kind))
@@ -86,6 +88,12 @@ def test_scales_beyond_float16_have_no_packed_form(kind):
     start = HALVES.get(kind, (0,))[0]
     data[1, start : start + 2] = np.array([60000.0 if kind in K_QUANTS else np.inf], dtype=np.float16).view(np.uint8)
     assert pack_ggml(data, kind, shape) is None
+
+
+def test_a_bias_beyond_float16_has_no_packed_form():
+    data = random_blocks(Kind.Q4_1, 3, 2, 1.0, 0)
+    data[2, 22:24] = np.array([-np.inf], dtype=np.float16).view(np.uint8)
+    assert pack_ggml(data, Kind.Q4_1, (3, 64)) is None
 
 
 def test_float_types_have_no_packed_form():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvant.cli.flags import ModelArgument, engine_flags, option, sampling_flags
-from kvant.cli.loading import meta_kernels_left_out, nothing_collected
+from kvant.cli.loading import memory_fetched, meta_kernels_left_out, nothing_collected
 from kvant.config import EngineConfig
 from kvant.errors import RequestError
 
@@ -71,7 +72,17 @@ def _loaded(model: str | None, engine: EngineConfig) -> Pipeline:
     from rich.console import Console
 
     with nothing_collected(), Console(stderr=True).status("loading the model and its engine"):
-        with meta_kernels_left_out():
+        with memory_fetched(_file_size(model)), meta_kernels_left_out():
             from kvant.pipelines import pipeline
 
         return pipeline(model, engine=engine)
+
+
+def _file_size(model: str | None) -> int:
+    """Of a .gguf file, which is packed into as much memory; 0 for directories, which are mapped, or take longer."""
+    from kvant.weights.locate import DEFAULT_MODEL
+    from kvant.weights.pull import PULLABLE, find_pulled
+
+    name = model or DEFAULT_MODEL
+    path = find_pulled(name) if name in PULLABLE else Path(name)
+    return path.stat().st_size if path is not None and path.is_file() else 0

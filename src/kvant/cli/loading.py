@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -11,6 +15,7 @@ from types import ModuleType
 
 _META_KERNELS = "torch._meta_registrations"
 _KNOWN_TO_START_WITHOUT = ("2.13.",)  # versions of PyTorch
+_HUGE_PAGE = 1 << 21
 
 
 @contextmanager
@@ -48,3 +53,37 @@ def meta_kernels_left_out() -> Iterator[None]:
         del sys.modules[_META_KERNELS]
         if getattr(sys.modules.get("torch"), "_meta_registrations", None) is placeholder:
             del sys.modules["torch"]._meta_registrations
+
+
+@contextmanager
+def memory_fetched(size: int) -> Iterator[None]:
+    """Meanwhile so many bytes of huge pages are fetched from the system, and given back at the end for others to take.
+
+    In a virtual machine that leaves unused memory to its host, a huge page takes milliseconds at first: as much as
+    packing what goes into it. Another core waits for them while this one imports PyTorch.
+    """
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE") or len(os.sched_getaffinity(0)) == 1:
+        yield
+        return
+    enough = threading.Event()
+    fetching = threading.Thread(target=_fetch, args=(size, enough), daemon=True)
+    fetching.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        fetching.join()
+
+
+def _fetch(size: int, enough: threading.Event) -> None:
+    try:
+        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            first = ctypes.c_char.from_buffer(memory)
+            for offset in range(0, size, _HUGE_PAGE):
+                if enough.is_set():
+                    break
+                ctypes.memset(ctypes.addressof(first) + offset, 0, 1)  # while it waits, others may use Python
+            del first
+    except OSError:  # a kernel without huge pages, or a limit on memory
+        return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor
 from kvant.errors import CorruptModelError
 
 _ELEMENTS_AT_ONCE = 1 << 18  # expanded together: float32 that stays in a core's cache
+BLOCK = 32  # columns of a block
+BLOCK_BITS = MappingProxyType({"q4_0": 4, "q4_1": 4, "q8_0": 8})  # of a code
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class PackedWeight:
     - "int4", "int8": codes "q" uint8, [N, K / 2] (column 2i in the low nibble of byte i) or [N, K]; "scale" [N,
       ceil(K / group)], a float type; maybe "zero" uint8 or "bias" float16, both as "scale". A value is (q - zero) *
       scale, or q * scale + bias, or without either (q - 2^(bits - 1)) * scale.
+    - "q4_0", "q4_1", "q8_0", as GGML stores them: "blocks" uint8 [N, K / 32, 18, 20 or 34]. A block of 32 columns has a
+      float16 scale, a float16 bias in "q4_1", and codes: two to a byte, the first 16 columns in low nibbles, or signed
+      bytes. `planar` gives the same as "int4" or "int8".
 
     Attributes:
         order: [K] int64; stored column j is input order[j]. None: they are in order. Groups are of stored columns.
@@ -85,6 +91,24 @@ class PackedWeight:
                 planes[name] = WeightPlane(data, group)
         return cls(f"int{bits}", columns, planes)
 
+    @classmethod
+    def in_blocks(cls, kind: str, blocks: Tensor) -> PackedWeight:
+        """A matrix in GGML's blocks of one of `BLOCK_BITS`, [N, K / 32, bytes of a block] uint8."""
+        return cls(kind, blocks.shape[1] * BLOCK, {"blocks": WeightPlane(blocks, BLOCK)})
+
+    def planar(self) -> PackedWeight:
+        """The same weight, whose codes and scales are planes of their own."""
+        if self.format not in BLOCK_BITS:
+            return self
+        blocks, size = self.planes["blocks"].data, BLOCK * self.bits // 8
+        numbers, codes = blocks.split([blocks.shape[2] - size, size], dim=2)
+        unsigned = codes ^ 128 if self.bits == 8 else torch.cat([codes & 15, codes >> 4], dim=2)
+        q = unsigned.flatten(1) if self.bits == 8 else pair(unsigned.flatten(1))
+        halves = numbers.contiguous().view(torch.float16).unbind(2)
+        planes = {"q": WeightPlane(q, 8 // self.bits)}
+        planes |= {name: WeightPlane(data, BLOCK) for name, data in zip(("scale", "bias"), halves, strict=False)}
+        return replace(self, format=f"int{self.bits}", planes=planes)
+
     @property
     def out_features(self) -> int:
         """Rows of the matrix."""
@@ -93,6 +117,8 @@ class PackedWeight:
     @property
     def bits(self) -> int:
         """Of a code, or of an element of a dense weight."""
+        if self.format in BLOCK_BITS:
+            return BLOCK_BITS[self.format]
         data = next(iter(self.planes.values()))
         return data.data.itemsize * 8 // data.span
 
@@ -109,7 +135,7 @@ class PackedWeight:
     @property
     def codes(self) -> Tensor:
         """A quantized weight's codes, one a byte: [N, K] uint8."""
-        q = self.planes["q"].data
+        q = self.planar().planes["q"].data
         return q if self.bits == 8 else unpair(q)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -145,12 +171,13 @@ class PackedWeight:
 
     def times(self, factors: Tensor) -> PackedWeight:
         """The same weight with each output row multiplied by a factor, [N]: rounded as its values or scales are."""
+        weight = self.planar()
         changed = {
             name: replace(plane, data=(plane.data.float() * factors.unsqueeze(1)).to(plane.data.dtype))
-            for name, plane in self.planes.items()
+            for name, plane in weight.planes.items()
             if name in ("weight", "scale", "bias")
         }
-        return replace(self, planes=self.planes | changed)
+        return replace(weight, planes=weight.planes | changed)
 
     def columns(self, start: int, stop: int) -> PackedWeight:
         """The same weight over the inputs [start, stop); both must fall on every plane's span, or on the end.
@@ -169,13 +196,13 @@ class PackedWeight:
 
     def regrouped(self, group: int) -> PackedWeight:
         """The same values in smaller groups, of a size that divides this one's: each has its former group's scale."""
-        times, groups = self.group_size // group, -(-self.in_features // group)
+        weight, times, groups = self.planar(), self.group_size // group, -(-self.in_features // group)
         repeated = {
             name: WeightPlane(plane.data.repeat_interleave(times, dim=1)[:, :groups], group)
-            for name, plane in self.planes.items()
+            for name, plane in weight.planes.items()
             if name != "q"
         }
-        return replace(self, planes=self.planes | repeated)
+        return replace(weight, planes=weight.planes | repeated)
 
     @staticmethod
     def concat(parts: Sequence[PackedWeight]) -> PackedWeight:
@@ -212,6 +239,7 @@ def unpair(q: Tensor) -> Tensor:
 
 def _values(weight: PackedWeight) -> Tensor:
     """A quantized weight's values as its columns are stored, float32 [N, K]."""
+    weight = weight.planar()
     scale, planes = weight.planes["scale"].data.float().unsqueeze(-1), weight.planes
     groups, group = scale.shape[1], weight.group_size
     codes = F.pad(weight.codes.float(), (0, groups * group - weight.in_features)).unflatten(1, (groups, group))
@@ -238,6 +266,7 @@ def _alike(parts: Sequence[PackedWeight]) -> Sequence[PackedWeight]:
     layouts = [(part.format, {name: plane.span for name, plane in part.planes.items()}) for part in parts]
     if all(layout == layouts[0] for layout in layouts):
         return parts
+    parts = [part.planar() for part in parts]
     bits, group = max(part.bits for part in parts), gcd(*(part.group_size for part in parts))
     widened = [part.regrouped(group) for part in parts]
     has_bias, has_zero = (any(name in part.planes for part in parts) for name in ("bias", "zero"))

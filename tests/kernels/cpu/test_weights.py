@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvant.errors import CorruptModelError
-from kvant.formats.weight import InputCodes, PackedWeight, pair
+from kvant.formats.weight import BLOCK_BITS, InputCodes, PackedWeight, pair
 from kvant.kernels.cpu.structs import KINDS
 
 
@@ -70,6 +70,20 @@ def test_zero_points_cost_memory_only_where_they_say_something(native):
         for planes in ({}, {"zero": middle}, {"zero": middle + 1})
     )
     assert (told, other) == (plain, plain + 32)
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (13, 3), (520, 2)])
+@pytest.mark.parametrize("kind", BLOCK_BITS)
+def test_blocks_are_packed_as_their_planes_are(native, kind, rows, groups):
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, 256, (rows, groups, 32 * BLOCK_BITS[kind] // 8), generator=generator).byte()
+    numbers = torch.randn(rows, groups, 2 if kind == "q4_1" else 1, generator=generator).half().view(torch.uint8)
+    weight = PackedWeight.in_blocks(kind, torch.cat([numbers, codes], dim=2))
+    for threads in (1, 2):
+        found, expected = (native(threads).prepare(one) for one in (weight, weight.planar()))
+        assert (found.kind, found.shape, found.struct.group) == (expected.kind, expected.shape, expected.struct.group)
+        assert found.memory.keys() == expected.memory.keys()
+        assert all(torch.equal(found.memory[name], data) for name, data in expected.memory.items())
 
 
 def test_inputs_that_are_to_be_rounded_change_nothing(native):

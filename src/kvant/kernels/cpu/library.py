@@ -22,7 +22,7 @@ logger = logging.getLogger("kvant")
 
 REFERENCE = "reference"
 _MODULE = "kvant.kernels.cpu._kernels"
-_ABI = 6  # kAbi in csrc/api.cpp
+_ABI = 7  # kAbi in csrc/api.cpp
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class Native:
         library.kvant_kernels.restype, library.kvant_kernels.argtypes = c_void_p, (c_char_p,)
         library.kvant_pack.restype = None
         library.kvant_pack.argtypes = (c_int32, c_void_p, c_int64, c_int64, c_void_p)
+        library.kvant_pack_blocks.restype = None
+        library.kvant_pack_blocks.argtypes = (c_int32, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p)
         library.kvant_limit.restype = c_int64
         library.kvant_limit.argtypes = (c_void_p, c_int32, c_void_p, c_int64)
         for name, arguments in _CALLS.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvant.errors import CorruptModelError
 from kvant.formats.memory import Slabs
 from kvant.formats.threads import for_each
-from kvant.formats.weight import PackedWeight
+from kvant.formats.weight import BLOCK_BITS, PackedWeight
 from kvant.kernels.cpu import structs
 from kvant.kernels.cpu.native import Native, pointer
 
@@ -100,6 +100,8 @@ def pack(native: Native, weight: PackedWeight, slabs: Slabs) -> NativeWeight:
     """
     if weight.format == "dense":
         return _dense(native, weight.planes["weight"].data, slabs)
+    if weight.format in BLOCK_BITS:
+        return _blocks(native, weight, slabs)
     group = _fitting_group(weight)
     if group is None or not _fits_half(weight):
         return _dense(native, weight.dequantize(torch.float32), slabs)
@@ -117,12 +119,15 @@ def _fitting_group(weight: PackedWeight) -> int | None:
 
 
 def _fits_half(weight: PackedWeight) -> bool:
-    scale = weight.planes["scale"].data.float()
-    error = (scale.half().float() - scale).abs().amax()
     bias = weight.planes.get("bias")
-    return bool(error <= _SCALE_ERROR * scale.abs().amax()) and (
-        bias is None or bool(bias.data.half().isfinite().all())
-    )
+    return _scales_fit(weight.planes["scale"].data) and (bias is None or bool(bias.data.half().isfinite().all()))
+
+
+def _scales_fit(scale: Tensor) -> bool:
+    if scale.dtype is torch.float16:
+        return bool(scale.isfinite().all())
+    error = (scale.half().float() - scale.float()).abs().amax()
+    return bool(error <= _SCALE_ERROR * scale.abs().amax())
 
 
 def _quantized(native: Native, weight: PackedWeight, group: int, slabs: Slabs) -> NativeWeight:
@@ -146,6 +151,25 @@ def _quantized(native: Native, weight: PackedWeight, group: int, slabs: Slabs) -
     if weight.order is not None:
         memory["order"] = weight.order.to(torch.int32).contiguous()
     return native_weight(weight.format, weight.out_features, weight.in_features, group, memory)
+
+
+def _blocks(native: Native, weight: PackedWeight, slabs: Slabs) -> NativeWeight:
+    blocks, bits = weight.planes["blocks"].data.contiguous(), weight.bits
+    rows, groups, size = blocks.shape
+    biased = size - _GROUP * bits // 8 > torch.float16.itemsize
+    expected = _memory_of(f"int{bits}", rows, weight.in_features, _GROUP)
+    names = ("codes", "scales", *(("biases",) if biased else ()))
+    memory = {name: slabs.zeros(expected[name][1], expected[name][0]) for name in names}
+
+    def pack_some(first: int) -> None:
+        codes = memory["codes"].data_ptr() + first * weight.in_features * bits // 8
+        halves = [memory[name].data_ptr() + first * groups * torch.float16.itemsize for name in names[1:]]
+        scales, biases = (*halves, None)[:2]
+        count = min(_ROWS_AT_ONCE, rows - first)
+        native.library.kvant_pack_blocks(bits, blocks[first:].data_ptr(), count, groups, codes, scales, biases)
+
+    for_each(pack_some, range(0, rows, _ROWS_AT_ONCE), rows * weight.in_features, native.threads)
+    return native_weight(f"int{bits}", rows, weight.in_features, _GROUP, memory)
 
 
 def _dense(native: Native, matrix: Tensor, slabs: Slabs) -> NativeWeight:
@@ -172,6 +196,7 @@ def _packed(native: Native, kind: int, data: Tensor, columns: int, row_bytes: in
 
 def _by_block(values: Tensor, spans: int, slabs: Slabs) -> Tensor:
     """[rows, groups] -> [row blocks, spans, 8], zero where there is no row and no group."""
-    padded = F.pad(values, (0, spans - values.shape[1], 0, -values.shape[0] % _ROW_BLOCK))
+    lacking = (0, spans - values.shape[1], 0, -values.shape[0] % _ROW_BLOCK)
+    padded = F.pad(values, lacking) if any(lacking) else values  # or else padding would copy it
     blocks = padded.unflatten(0, (-1, _ROW_BLOCK)).transpose(1, 2)
     return slabs.zeros(tuple(blocks.shape), blocks.dtype).copy_(blocks)

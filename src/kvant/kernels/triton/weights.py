@@ -121,6 +121,7 @@ def span_of(bits: int) -> int:
 
 def prepare(weight: PackedWeight, device: torch.device) -> TritonWeight:
     """A weight of any format on the device; what has no kernel, a group that 16 does not divide, becomes float32."""
+    weight = weight.planar()
     planes = {name: plane.data.to(device) for name, plane in weight.planes.items()}
     inputs = _inputs_on(weight.inputs, device)
     if weight.format == "dense":

@@ -14,13 +14,15 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import Q4_K
 
 from kvant.formats.threads import for_each
-from kvant.formats.weight import PackedWeight
+from kvant.formats.weight import BLOCK, BLOCK_BITS, PackedWeight
 
 Array = np.ndarray[Any, Any]
 # Of n blocks: bytes of codes [n, bytes], scales and maybe biases [n, groups] of any float type.
 Unpacked = tuple[Array, ...]
 
 _ELEMENTS_AT_ONCE = 1 << 18  # few enough to stay in a core's cache
+_KEPT = MappingProxyType({Kind.Q4_0: "q4_0", Kind.Q4_1: "q4_1", Kind.Q8_0: "q8_0"})  # in formats of the same layout
+_INFINITE = 0x7C00  # the exponent's bits of a float16 that is no number
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class _Block:
 
 def packed_bits(kind: Kind) -> float | None:
     """Bits that an element takes as `pack_ggml` packs it; None for types that it does not know."""
+    if kind in _KEPT:
+        return GGML_QUANT_SIZES[kind][1] * 8 / BLOCK
     block = _BLOCKS.get(kind)
     return None if block is None else block.bits + 16 * (1 + block.biased) / block.group
 
@@ -46,17 +50,22 @@ def pack_ggml(data: Array, kind: Kind, shape: tuple[int, ...]) -> PackedWeight |
     and rounded to float16.
 
     Args:
-        data: the stored rows, [rows, bytes of a row].
+        data: the stored rows, [rows, bytes of a row]; of Q4_0, Q4_1 and Q8_0 the weight refers to them.
         kind: the block type.
         shape: [rows, columns].
 
     Returns:
         None where the type has no packed form, or a scale is beyond float16.
     """
+    rows, columns = shape
+    if kind in _KEPT:
+        blocks = data.reshape(rows, columns // BLOCK, -1)
+        numbers = blocks[..., : -BLOCK * BLOCK_BITS[_KEPT[kind]] // 8]
+        finite = (numbers.view(np.uint16) & _INFINITE != _INFINITE).all()
+        return PackedWeight.in_blocks(_KEPT[kind], torch.from_numpy(blocks)) if finite else None
     block = _BLOCKS.get(kind)
     if block is None:
         return None
-    rows, columns = shape
     affine = [np.empty((rows, columns // block.group), dtype=np.float16) for _ in range(1 + block.biased)]
     planes: list[Array] = [np.empty((rows, columns * block.bits // 8), dtype=np.uint8), *affine]
     step = max(1, _ELEMENTS_AT_ONCE // columns)
@@ -98,14 +107,6 @@ def _fifth_bits(blocks: Array) -> Array:
     return np.unpackbits(blocks, axis=1, bitorder="little") << np.uint8(4)
 
 
-def _q4_0(blocks: Array) -> Unpacked:
-    return _pairs(blocks[:, 2:], 16), _half(blocks, 0)
-
-
-def _q4_1(blocks: Array) -> Unpacked:
-    return _pairs(blocks[:, 4:], 16), _half(blocks, 0), _half(blocks, 2)
-
-
 def _q5_0(blocks: Array) -> Unpacked:
     codes = _nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks[:, 2:6])
     return codes + np.uint8(128 - 16), _half(blocks, 0)
@@ -113,10 +114,6 @@ def _q5_0(blocks: Array) -> Unpacked:
 
 def _q5_1(blocks: Array) -> Unpacked:
     return _nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks[:, 4:8]), _half(blocks, 0), _half(blocks, 2)
-
-
-def _q8_0(blocks: Array) -> Unpacked:
-    return blocks[:, 2:] ^ np.uint8(128), _half(blocks, 0)
 
 
 def _q4_k(blocks: Array) -> Unpacked:
@@ -144,13 +141,10 @@ def _k_scales(blocks: Array) -> tuple[Array, Array]:
 
 _BLOCKS: Mapping[Kind, _Block] = MappingProxyType(
     {
-        Kind.Q4_0: _Block(4, 32, False, _q4_0),
-        Kind.Q4_1: _Block(4, 32, True, _q4_1),
         Kind.Q4_K: _Block(4, 32, True, _q4_k),
         Kind.Q5_0: _Block(8, 32, False, _q5_0),
         Kind.Q5_1: _Block(8, 32, True, _q5_1),
         Kind.Q5_K: _Block(8, 32, True, _q5_k),
         Kind.Q6_K: _Block(8, 16, False, _q6_k),
-        Kind.Q8_0: _Block(8, 32, False, _q8_0),
     }
 )

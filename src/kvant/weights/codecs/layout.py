@@ -104,6 +104,7 @@ def checked_planes(writer: Writer, module: str, weight: PackedWeight) -> tuple[L
     Raises:
         UnsupportedModelError: the writer does not take it, or its columns are not in order.
     """
+    weight = weight.planar()
     layout = Layout.of(weight)
     writer.check(layout, module, (weight.out_features, weight.in_features))
     if weight.order is not None:

@@ -100,7 +100,7 @@ class GgufSource(TensorSource):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            reader = _PlainReader(path)
+            reader = _PlainReader(path, "c")  # PyTorch takes no memory that cannot be written to; this writes no file
             self.metadata = reader.metadata()
         except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
             raise CorruptModelError(f"{path} is not a whole GGUF file ({error}); fetch it again") from error

@@ -22,7 +22,7 @@ using namespace kvant;
 
 namespace {
 
-constexpr int kAbi = 6;
+constexpr int kAbi = 7;
 
 #if defined(KVANT_BUILT_NEON)
 // Dot products and arithmetic of 16-bit floats, which came later than NEON itself.
@@ -113,6 +113,42 @@ void pack_codes(const uint8_t* x, int bits, int64_t rows, int64_t columns, uint8
   }
 }
 
+// The codes of one of GGML's blocks of kGroup columns as steps of a row, 32 bytes apart.
+void pack_block(const uint8_t* x, int bits, uint8_t* lane) {
+  uint32_t codes[kGroup / 4], steps[kGroup / 4];
+  std::memcpy(codes, x, kGroup * bits / 8);
+  if (bits == 8) {
+    for (int i = 0; i < kGroup / 4; ++i) steps[i] = codes[i] ^ 0x80808080;
+  } else {
+    constexpr uint32_t kLow = 0x0f0f0f0f;  // columns 0 to 15; columns 16 to 31 are in high nibbles
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t first = codes[2 * i], second = codes[2 * i + 1];
+      steps[i] = (first & kLow) | (second & kLow) << 4;
+      steps[i + 2] = (first >> 4 & kLow) | (second & ~kLow);
+    }
+  }
+  for (int i = 0; i < bits; ++i) std::memcpy(lane + 32 * i, steps + i, sizeof steps[i]);
+}
+
+// Rows of such blocks, which have a float16 scale, and maybe a bias, before their codes.
+void pack_blocks(const uint8_t* x, int bits, int64_t rows, int64_t groups, uint8_t* codes, uint16_t* scales,
+                 uint16_t* biases) {
+  constexpr int kHalf = sizeof(uint16_t);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t first = row / kRowBlock * groups * kRowBlock, lane = row % kRowBlock;
+    for (int64_t group = 0; group < groups; ++group, x += kGroup * bits / 8) {
+      const int64_t at = first + group * kRowBlock + lane;
+      std::memcpy(scales + at, x, kHalf);
+      x += kHalf;
+      if (biases) {
+        std::memcpy(biases + at, x, kHalf);
+        x += kHalf;
+      }
+      pack_block(x, bits, codes + first * kGroup * bits / 8 + group * 32 * bits + lane * 4);
+    }
+  }
+}
+
 // A rotary embedding as Python hands it over: a token's angles are its position times its row of frequencies.
 struct Rope {
   const float* frequencies;  // [rows, pairs]
@@ -188,6 +224,13 @@ KVANT_API void kvant_pack(int32_t kind, const void* x, int64_t rows, int64_t col
       return pack_codes(static_cast<const uint8_t*>(x), kind == kWeightU4 ? 4 : 8, rows, columns,
                         static_cast<uint8_t*>(out));
   }
+}
+
+// The same for GGML's blocks Q4_0, Q4_1 (4 bits) and Q8_0: codes, scales and, unless null, biases.
+KVANT_API void kvant_pack_blocks(int32_t bits, const void* x, int64_t rows, int64_t groups, void* codes, void* scales,
+                                 void* biases) {
+  pack_blocks(static_cast<const uint8_t*>(x), bits, rows, groups, static_cast<uint8_t*>(codes),
+              static_cast<uint16_t*>(scales), static_cast<uint16_t*>(biases));
 }
 
 KVANT_API int kvant_linear(const Kernels* k, int threads, const Linear* linear, const float* x, int64_t tokens,
