@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,10 +74,11 @@ class _PlainReader(GGUFReader):
     def _strings(self, start: int, count: int) -> tuple[int, np.ndarray[Any, Any]]:
         """The bytes that so many strings take, and the strings: one part, where the package makes two of each."""
         raw, size, end, texts = self._data.data, len(self._data), start, []
-        order: Literal["little", "big"] = "little" if (sys.byteorder == "little") == (self.byte_order == "I") else "big"
+        little = (sys.byteorder == "little") == (self.byte_order == "I")
+        length = struct.Struct("<Q" if little else ">Q").unpack_from
         for _ in range(count):
             begin = end + 8
-            end = begin + int.from_bytes(raw[end:begin], order)
+            end = begin + length(raw, end)[0]
             if end > size:
                 raise ValueError(f"the string at byte {begin} reaches beyond the file's end")
             texts.append(str(raw[begin:end], "utf-8"))
@@ -102,7 +104,7 @@ class GgufSource(TensorSource):
         try:
             reader = _PlainReader(path, "c")  # PyTorch takes no memory that cannot be written to; this writes no file
             self.metadata = reader.metadata()
-        except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        except (ValueError, IndexError, KeyError, OverflowError, OSError, struct.error) as error:
             raise CorruptModelError(f"{path} is not a whole GGUF file ({error}); fetch it again") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._refuse_what_is_not_one_dense_model()
