@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
 import os
@@ -11,7 +12,10 @@ import threading
 
 import pytest
 
+from kvant.cli import loading
+from kvant.cli.chat import _packed_bytes
 from kvant.cli.loading import memory_fetched, meta_kernels_left_out, nothing_collected
+from kvant.config import EngineConfig
 
 
 def test_the_collector_rests_and_takes_what_was_made_for_old():
@@ -96,16 +100,37 @@ def test_memory_is_fetched_meanwhile_and_given_back(limited):
 
 
 @two_cores
-def test_no_more_memory_is_fetched_once_nobody_waits_for_it():
+def test_no_more_memory_is_fetched_once_nobody_waits_for_it(monkeypatch):
+    enough, fetched = threading.Event(), []
+
+    def fetch(address: int, value: int, count: int) -> None:
+        fetched.append(address)
+        if len(fetched) == 3:
+            enough.set()
+
+    monkeypatch.setattr(ctypes, "memset", fetch)
+    loading._fetch(64 << 20, enough)
+    assert fetched == [fetched[0], fetched[0] + (1 << 21), fetched[0] + (2 << 21)]
+
+
+@two_cores
+def test_an_error_meanwhile_is_told_and_ends_the_fetching():
     before = threading.active_count()
-    with memory_fetched(1 << 40):
-        pass
-    with pytest.raises(KeyError), memory_fetched(1 << 40):
+    with pytest.raises(KeyError), memory_fetched(64 << 20):
         raise KeyError
     assert threading.active_count() == before
 
 
-def test_nothing_is_fetched_for_a_directory():
+def test_nothing_is_fetched_where_nothing_is_packed(tmp_path):
+    """Directories, other formats of weights, devices, and what is no file: the loader tells what is wrong with it."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"x" * 1000)
+    cpu = EngineConfig(device="cpu")
+    assert _packed_bytes(str(file), cpu) == 1000
+    assert _packed_bytes(str(file), EngineConfig(device="cpu", weights="int4")) == 0
+    assert _packed_bytes(str(file), EngineConfig(device="cuda")) == 0
+    for name in (str(tmp_path), "org/name", "a" * 300, "nothing.gguf"):
+        assert _packed_bytes(name, cpu) == 0
     before = threading.active_count()
     with memory_fetched(0):
         assert threading.active_count() == before

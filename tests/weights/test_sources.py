@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -162,6 +164,15 @@ def test_a_truncated_gguf_is_refused(smollm2: Path, tmp_path: Path) -> None:
         file.write_bytes(whole.read(50 << 20))
     with pytest.raises(CorruptModelError, match="not a whole GGUF file"):
         open_source(file)
+
+
+def test_a_gguf_may_be_larger_than_memory(smollm2: Path, tmp_path: Path) -> None:
+    """Its map takes none: a terabyte more at its end, which lies nowhere, changes nothing."""
+    file = tmp_path / "long.gguf"
+    shutil.copy(smollm2, file)
+    os.truncate(file, 1 << 40)
+    name = "blk.0.attn_q.weight"
+    assert torch.equal(open_source(file).read(name, torch.float32), open_source(smollm2).read(name, torch.float32))
 
 
 def test_small_layers_are_read_side_by_side_and_are_the_same(model: Path, threads: Any, monkeypatch: Any) -> None:

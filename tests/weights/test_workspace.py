@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from kvant.errors import ConfigError, CorruptModelError, UnsupportedModelError
@@ -31,6 +32,7 @@ from kvant.weights.matrices import MatrixReader, Rounding
 from kvant.weights.workspace import ALIGNMENT, ShardWriter, WorkspaceSource
 from tests.engine.checkpoint import write_checkpoint
 from tests.families.configs import TINIES
+from tests.families.gguf_files import store, write_gguf
 from tests.families.tiny import build
 from tests.support import NATIVE, SingleText
 from tests.weights.codecs.checkpoints import llama
@@ -166,6 +168,23 @@ def test_a_device_gets_its_planes(wide, tmp_path):
         made(wide, tmp_path / "32", backend="cuda", weights=INT4, dtype="float32"), dtype="auto", ops=Device()
     )
     assert torch.equal(logits(mapped), logits(direct))
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_blocks_of_a_file_are_converted_for_every_backend(native, kind, backend, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvant.weights.convert._write_text", lambda *text: None)  # the miniature has no tokenizer
+    tiny = build(TINIES["llama-3.1"], tmp_path)
+    stored = {
+        name: store(weight, kind if weight.dim() == 2 and weight.shape[1] % 32 == 0 else Kind.F32)
+        for name, weight in tiny.reference.weights.items()
+    }
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama", tiny.tiny.config, stored)
+    ops = native() if backend == "cpu" else Device()
+    direct = load_model(path, dtype="float32", ops=ops)
+    convert(open_source(path), tmp_path / "out", Target(backend=backend, dtype="float32"), ops)
+    assert torch.equal(logits(load_model(tmp_path / "out", dtype="auto", ops=ops)), logits(direct))
 
 
 def piece(shard: workspace.Shard, name: str, *shape: int) -> Tensor:

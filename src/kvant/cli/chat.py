@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -72,17 +73,21 @@ def _loaded(model: str | None, engine: EngineConfig) -> Pipeline:
     from rich.console import Console
 
     with nothing_collected(), Console(stderr=True).status("loading the model and its engine"):
-        with memory_fetched(_file_size(model)), meta_kernels_left_out():
+        with memory_fetched(_packed_bytes(model, engine)), meta_kernels_left_out():
             from kvant.pipelines import pipeline
 
         return pipeline(model, engine=engine)
 
 
-def _file_size(model: str | None) -> int:
-    """Of a .gguf file, which is packed into as much memory; 0 for directories, which are mapped, or take longer."""
+def _packed_bytes(model: str | None, engine: EngineConfig) -> int:
+    """As much memory as a .gguf file's blocks are packed into; 0 for what is packed into less, or is no file."""
     from kvant.weights.locate import DEFAULT_MODEL
     from kvant.weights.pull import PULLABLE, find_pulled
 
+    if engine.weights != "auto" or engine.device not in ("auto", "cpu"):
+        return 0
     name = model or DEFAULT_MODEL
     path = find_pulled(name) if name in PULLABLE else Path(name)
-    return path.stat().st_size if path is not None and path.is_file() else 0
+    with contextlib.suppress(OSError):  # the loader will tell of it
+        return path.stat().st_size if path is not None and path.is_file() else 0
+    return 0

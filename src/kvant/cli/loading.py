@@ -16,6 +16,7 @@ from types import ModuleType
 _META_KERNELS = "torch._meta_registrations"
 _KNOWN_TO_START_WITHOUT = ("2.13.",)  # versions of PyTorch
 _HUGE_PAGE = 1 << 21
+_MOST_FETCHED = 1 << 29  # more would not come while PyTorch is imported
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def meta_kernels_left_out() -> Iterator[None]:
 
 @contextmanager
 def memory_fetched(size: int) -> Iterator[None]:
-    """Meanwhile so many bytes of huge pages are fetched from the system, and given back at the end for others to take.
+    """Meanwhile up to so many bytes of huge pages come from the system, which has them back at the end for others.
 
     In a virtual machine that leaves unused memory to its host, a huge page takes milliseconds at first: as much as
     packing what goes into it. Another core waits for them while this one imports PyTorch.
@@ -66,7 +67,7 @@ def memory_fetched(size: int) -> Iterator[None]:
         yield
         return
     enough = threading.Event()
-    fetching = threading.Thread(target=_fetch, args=(size, enough), daemon=True)
+    fetching = threading.Thread(target=_fetch, args=(min(size, _MOST_FETCHED), enough), daemon=True)
     fetching.start()
     try:
         yield

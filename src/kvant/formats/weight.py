@@ -93,7 +93,7 @@ class PackedWeight:
 
     @classmethod
     def in_blocks(cls, kind: str, blocks: Tensor) -> PackedWeight:
-        """A matrix in GGML's blocks of one of `BLOCK_BITS`, [N, K / 32, bytes of a block] uint8."""
+        """A matrix in GGML's blocks of one of `BLOCK_BITS`, [N, K / 32, bytes of a block] uint8, all numbers finite."""
         return cls(kind, blocks.shape[1] * BLOCK, {"blocks": WeightPlane(blocks, BLOCK)})
 
     def planar(self) -> PackedWeight:

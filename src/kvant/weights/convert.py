@@ -143,7 +143,7 @@ def _writer(source: TensorSource, target: Target, ops: Ops) -> _Writer:
     name = target.weights.name if isinstance(target.weights, Rounding) else target.weights
     dtype_name = str(dtype).removeprefix("torch.")
     made = Made(target.backend, LAYOUTS[target.backend], target.tp, dtype_name, name, source.num_parameters())
-    return _Writer(loader, ranks, made, ops.prepare if native else lambda weight: weight)
+    return _Writer(loader, ranks, made, ops.prepare if native else PackedWeight.planar)
 
 
 def _device_dtype(name: str, spec: ModelSpec) -> torch.dtype:

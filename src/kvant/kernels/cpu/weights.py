@@ -13,14 +13,14 @@ from torch import Tensor
 from kvant.errors import CorruptModelError
 from kvant.formats.memory import Slabs
 from kvant.formats.threads import for_each
-from kvant.formats.weight import BLOCK_BITS, PackedWeight
+from kvant.formats.weight import BLOCK, BLOCK_BITS, PackedWeight
 from kvant.kernels.cpu import structs
 from kvant.kernels.cpu.native import Native, pointer
 
 LAYOUT = 1  # of a packed weight's memory, for files that keep it: another wherever csrc/types.h has another
 
 _ROW_BLOCK = 8
-_GROUP = 32
+_GROUP = BLOCK  # columns, of GGML's blocks too
 _ROWS_AT_ONCE = 256
 _FLOATS = MappingProxyType({"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16})
 # Of the largest scale: what float16 may make a scale differ by. Its own rounding is half of it.
@@ -154,11 +154,11 @@ def _quantized(native: Native, weight: PackedWeight, group: int, slabs: Slabs) -
 
 
 def _blocks(native: Native, weight: PackedWeight, slabs: Slabs) -> NativeWeight:
+    assert weight.order is None, "blocks have their columns in order"
     blocks, bits = weight.planes["blocks"].data.contiguous(), weight.bits
-    rows, groups, size = blocks.shape
-    biased = size - _GROUP * bits // 8 > torch.float16.itemsize
+    rows, groups, _ = blocks.shape
     expected = _memory_of(f"int{bits}", rows, weight.in_features, _GROUP)
-    names = ("codes", "scales", *(("biases",) if biased else ()))
+    names = ("codes", "scales", "biases") if weight.format == "q4_1" else ("codes", "scales")
     memory = {name: slabs.zeros(expected[name][1], expected[name][0]) for name in names}
 
     def pack_some(first: int) -> None:

@@ -68,8 +68,8 @@ def rope_write_kv(
 
 
 def _room(tokens: int, side: Side) -> Tensor | None:
-    """Where vectors wait to be rounded with feedback, if there is any."""
-    if side.stats.feedback is None:
+    """Where vectors wait to be rounded with feedback, if there is any, of a codec that uses it."""
+    if side.stats.feedback is None or side.steps != "words":
         return None
     heads, width, _ = side.stats.feedback.shape
     return torch.empty(tokens, heads, width, dtype=torch.float32, device=side.codes.device)

@@ -121,15 +121,15 @@ def span_of(bits: int) -> int:
 
 def prepare(weight: PackedWeight, device: torch.device) -> TritonWeight:
     """A weight of any format on the device; what has no kernel, a group that 16 does not divide, becomes float32."""
-    weight = weight.planar()
-    planes = {name: plane.data.to(device) for name, plane in weight.planes.items()}
+    weight = weight.to(device).planar()
+    planes = {name: plane.data for name, plane in weight.planes.items()}
     inputs = _inputs_on(weight.inputs, device)
     if weight.format == "dense":
         return Dense(planes["weight"].contiguous(), inputs)
     group = _fitting_group(weight)
     if group is None:
-        return Dense(weight.dequantize(torch.float32).to(device), inputs)
-    order = None if weight.order is None else weight.order.to(device)
+        return Dense(weight.dequantize(torch.float32), inputs)
+    order = weight.order
     if inputs is not None and _is_signed_by_row(weight):
         return _row_codes(weight, planes, order, inputs)
     return _span_codes(weight, planes, group, order, inputs)

@@ -12,9 +12,10 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import Q4_K
+from torch import Tensor
 
 from kvant.formats.threads import for_each
-from kvant.formats.weight import BLOCK, BLOCK_BITS, PackedWeight
+from kvant.formats.weight import BLOCK, PackedWeight
 
 Array = np.ndarray[Any, Any]
 # Of n blocks: bytes of codes [n, bytes], scales and maybe biases [n, groups] of any float type.
@@ -43,26 +44,25 @@ def packed_bits(kind: Kind) -> float | None:
     return None if block is None else block.bits + 16 * (1 + block.biased) / block.group
 
 
-def pack_ggml(data: Array, kind: Kind, shape: tuple[int, ...]) -> PackedWeight | None:
+def pack_ggml(stored: Tensor, kind: Kind, shape: tuple[int, ...]) -> PackedWeight | None:
     """A matrix stored in GGML blocks, without expanding it.
 
     The codes are the stored ones. So are scales and biases, but for those of Q4_K, Q5_K and Q6_K, which are products
     and rounded to float16.
 
     Args:
-        data: the stored rows, [rows, bytes of a row]; of Q4_0, Q4_1 and Q8_0 the weight refers to them.
+        stored: the rows' bytes [rows, bytes of a row]; a weight of Q4_0, Q4_1 or Q8_0 refers to them.
         kind: the block type.
         shape: [rows, columns].
 
     Returns:
         None where the type has no packed form, or a scale is beyond float16.
     """
-    rows, columns = shape
+    (rows, columns), data = shape, stored.numpy()
     if kind in _KEPT:
-        blocks = data.reshape(rows, columns // BLOCK, -1)
-        numbers = blocks[..., : -BLOCK * BLOCK_BITS[_KEPT[kind]] // 8]
-        finite = (numbers.view(np.uint16) & _INFINITE != _INFINITE).all()
-        return PackedWeight.in_blocks(_KEPT[kind], torch.from_numpy(blocks)) if finite else None
+        weight = PackedWeight.in_blocks(_KEPT[kind], stored.view(rows, columns // BLOCK, -1))
+        numbers = data.reshape(rows, columns // BLOCK, -1)[..., : -BLOCK * weight.bits // 8]
+        return weight if (numbers.view(np.uint16) & _INFINITE != _INFINITE).all() else None
     block = _BLOCKS.get(kind)
     if block is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -96,17 +97,28 @@ def _contents(field: ReaderField) -> Any:
     return field.contents()
 
 
+def _unwritten(mapped: np.ndarray[Any, Any]) -> Tensor:
+    """The mapped file as a tensor, nowhere copied; nobody may write to it.
+
+    To be able to, as PyTorch wants it, a map would count as memory, and no file could be larger than that.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(mapped)
+
+
 class GgufSource(TensorSource):
     """One .gguf file of a family that kvant knows."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            reader = _PlainReader(path, "c")  # PyTorch takes no memory that cannot be written to; this writes no file
+            reader = _PlainReader(path)
             self.metadata = reader.metadata()
         except (ValueError, IndexError, KeyError, OverflowError, OSError, struct.error) as error:
             raise CorruptModelError(f"{path} is not a whole GGUF file ({error}); fetch it again") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._file = _unwritten(reader.data)
         self._refuse_what_is_not_one_dense_model()
         self._family = self._find_family()
         self.config = self._hf_config()
@@ -139,8 +151,11 @@ class GgufSource(TensorSource):
         return decode_ggml(tensor.data, tensor.tensor_type, self._shapes[name], dtype)
 
     def packed(self, name: str) -> PackedWeight | None:
-        tensor = self._tensors[name]
-        return pack_ggml(tensor.data, tensor.tensor_type, self._shapes[name])
+        tensor, shape = self._tensors[name], self._shapes[name]
+        if packed_bits(tensor.tensor_type) is None:
+            return None
+        first, size = int(tensor.data_offset), int(tensor.n_bytes)
+        return pack_ggml(self._file[first : first + size].view(shape[0], -1), tensor.tensor_type, shape)
 
     def packed_bits(self, name: str) -> float | None:
         return packed_bits(self._tensors[name].tensor_type)
