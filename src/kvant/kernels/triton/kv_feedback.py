@@ -69,19 +69,21 @@ def _round(
     codes = side.codes + block * side.code_stride + row * (WIDTH // 2)
     words = side.meta + block * side.meta_stride + row * side.words
     vectors, weights = x + (token * KV_HEADS + head) * WIDTH, side.feedback + head * WIDTH * WIDTH
+    width = tl.where(kept, WIDTH, 0)  # that is stored
     for first in range(0, WIDTH, _SPAN):
         own = _received(vectors, first, kept, weights, WIDTH)
         for i in tl.static_range(0, _SPAN, 4):
             element = first + i
-            there = kept & (element < WIDTH)
+            there = element < width
             word = tl.load(words + element // size, there, other=0)
-            corner = weights + element * (WIDTH + 1)
-            errors, low, high = _four(own, at, i, word, corner, element < WIDTH, WIDTH)
+            # Beyond the vector, where nothing is stored, any weights will do.
+            corner = weights + tl.minimum(element, WIDTH - 4) * (WIDTH + 1)
+            errors, low, high = _four(own, at, i, word, corner, WIDTH)
             tl.store(codes + element // 2, low, there)
             tl.store(codes + element // 2 + 1, high, there)
             for j in tl.static_range(4):
                 tl.store(vectors + element + j, errors[j], there)
-                later = tl.load(corner + j * WIDTH + at - i, (element < WIDTH) & (first + at < WIDTH), other=0.0)
+                later = tl.load(corner + j * WIDTH + at - i, first + at < WIDTH, other=0.0)
                 own -= errors[j][:, None] * later[None, :]
         tl.debug_barrier()  # others of the program read the errors
 
@@ -101,7 +103,7 @@ def _received(vectors, first, kept, weights, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _four(x, at, i, word, corner, there, WIDTH: tl.constexpr):
+def _four(x, at, i, word, corner, WIDTH: tl.constexpr):
     """Of four elements of a span, from the i-th on and of one group, the errors, and two bytes of codes.
 
     They are taken out of the span at once: that takes longer than rounding them. `corner` points to the first one's
@@ -110,11 +112,11 @@ def _four(x, at, i, word, corner, there, WIDTH: tl.constexpr):
     scale, zero = scale_and_zero(word, False)
     a, b, c, d = _element(x, at, i), _element(x, at, i + 1), _element(x, at, i + 2), _element(x, at, i + 3)
     a, first = _rounded(a, scale, zero)
-    b, second = _rounded(b - a * _weight(corner, 0, 1, there, WIDTH), scale, zero)
-    c -= a * _weight(corner, 0, 2, there, WIDTH) + b * _weight(corner, 1, 2, there, WIDTH)
+    b, second = _rounded(b - a * tl.load(corner + 1), scale, zero)
+    c -= a * tl.load(corner + 2) + b * tl.load(corner + WIDTH + 2)
     c, third = _rounded(c, scale, zero)
-    d -= a * _weight(corner, 0, 3, there, WIDTH) + b * _weight(corner, 1, 3, there, WIDTH)
-    d, fourth = _rounded(d - c * _weight(corner, 2, 3, there, WIDTH), scale, zero)
+    d -= a * tl.load(corner + 3) + b * tl.load(corner + WIDTH + 3)
+    d, fourth = _rounded(d - c * tl.load(corner + 2 * WIDTH + 3), scale, zero)
     return (a, b, c, d), (first | (second << 4)).to(tl.uint8), (third | (fourth << 4)).to(tl.uint8)
 
 
@@ -124,12 +126,6 @@ def _rounded(x, scale, zero):
     aim = x * (1 / tl.where(scale > 0, scale, 1.0)) + (zero + 8)
     code = rint(bounded(aim, 0.0, 15.0))
     return (aim - code) * scale, code.to(tl.int32)
-
-
-@triton.jit
-def _weight(corner, i, j, there, WIDTH: tl.constexpr):
-    """What an error of the i-th of four elements takes away from the j-th."""
-    return tl.load(corner + i * WIDTH + j, there, other=0.0)
 
 
 @triton.jit
