@@ -69,12 +69,12 @@ def _round(
     codes = side.codes + block * side.code_stride + row * (WIDTH // 2)
     words = side.meta + block * side.meta_stride + row * side.words
     vectors, weights = x + (token * KV_HEADS + head) * WIDTH, side.feedback + head * WIDTH * WIDTH
-    width = tl.where(kept, WIDTH, 0)  # that is stored
+    end = tl.where(kept, WIDTH, 0)  # of what is stored of a vector
     for first in range(0, WIDTH, _SPAN):
         own = _received(vectors, first, kept, weights, WIDTH)
         for i in tl.static_range(0, _SPAN, 4):
             element = first + i
-            there = element < width
+            there = element < end
             word = tl.load(words + element // size, there, other=0)
             # Beyond the vector, where nothing is stored, any weights will do.
             corner = weights + tl.minimum(element, WIDTH - 4) * (WIDTH + 1)
